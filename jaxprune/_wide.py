@@ -1,0 +1,140 @@
+"""Exact counts beyond 2³¹: unsigned integers in two 32-bit words, without x64 mode."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt32
+
+_WORD = 1 << 32
+_SPLIT = 12  # bits of the low part while a long sum is under way
+
+
+class Wide(NamedTuple):
+    """The unsigned integer `hi * 2**32 + lo`, or an array of them."""
+
+    hi: UInt32[Array, "..."]
+    lo: UInt32[Array, "..."]
+
+    def __int__(self) -> int:
+        return (int(self.hi) << 32) + int(self.lo)
+
+    def to_float(self) -> Float[Array, "..."]:
+        """The nearest float32, for ratios and prints."""
+        return self.hi.astype(jnp.float32) * float(_WORD) + self.lo.astype(jnp.float32)
+
+
+def from_int(value: int) -> Wide:
+    """Splits a Python integer in [0, 2**64)."""
+    if not 0 <= value < _WORD * _WORD:
+        raise ValueError(f"value: got {value}; expected an integer in [0, 2**64).")
+    return Wide(jnp.uint32(value >> 32), jnp.uint32(value & (_WORD - 1)))
+
+
+def stack(values: list[Wide]) -> Wide:
+    """Stacks along a new first axis."""
+    return Wide(jnp.stack([v.hi for v in values]), jnp.stack([v.lo for v in values]))
+
+
+def concatenate(a: Wide, b: Wide) -> Wide:
+    """Joins two vectors."""
+    return Wide(jnp.concatenate([a.hi, b.hi]), jnp.concatenate([a.lo, b.lo]))
+
+
+def shift_left(a: Wide, bits: int) -> Wide:
+    """`a << bits`, for 0 <= bits < 32."""
+    if bits == 0:
+        return a
+    return Wide((a.hi << bits) | (a.lo >> (32 - bits)), a.lo << bits)
+
+
+def add(a: Wide, b: Wide) -> Wide:
+    """`a + b`, modulo 2**64."""
+    lo = a.lo + b.lo
+    return Wide(a.hi + b.hi + (lo < a.lo).astype(jnp.uint32), lo)
+
+
+def subtract(a: Wide, b: Wide) -> Wide:
+    """`a - b`, modulo 2**64."""
+    return Wide(a.hi - b.hi - (a.lo < b.lo).astype(jnp.uint32), a.lo - b.lo)
+
+
+def less(a: Wide, b: Wide) -> Array:
+    """`a < b`."""
+    return (a.hi < b.hi) | ((a.hi == b.hi) & (a.lo < b.lo))
+
+
+def equal(a: Wide, b: Wide) -> Array:
+    """`a == b`."""
+    return (a.hi == b.hi) & (a.lo == b.lo)
+
+
+def where(condition: Array, a: Wide, b: Wide) -> Wide:
+    """Elementwise choice."""
+    return Wide(jnp.where(condition, a.hi, b.hi), jnp.where(condition, a.lo, b.lo))
+
+
+def minimum(a: Wide, b: Wide) -> Wide:
+    """The smaller of two."""
+    return where(less(a, b), a, b)
+
+
+def saturating_subtract(a: Wide, b: Wide) -> Wide:
+    """`max(a - b, 0)`."""
+    zero = Wide(jnp.zeros_like(a.hi), jnp.zeros_like(a.lo))
+    return where(less(a, b), zero, subtract(a, b))
+
+
+def total(counts: UInt32[Array, "..."], bound: int) -> Wide:
+    """Sums all of `counts` exactly.
+
+    Args:
+      counts: any shape; each axis shorter than 2**20.
+      bound: a number that the sum cannot exceed (below 2**44); below 2**32 one plain
+        sum is enough.
+    """
+    if bound < _WORD:
+        return Wide(jnp.uint32(0), jnp.sum(counts, dtype=jnp.uint32))
+    low = counts & ((1 << _SPLIT) - 1)
+    high = counts >> _SPLIT
+    for _ in range(counts.ndim):  # low < 2**12 and an axis < 2**20: no word overflows
+        low, high = jnp.sum(low, 0, dtype=jnp.uint32), jnp.sum(high, 0, dtype=jnp.uint32)
+        low, high = low & ((1 << _SPLIT) - 1), high + (low >> _SPLIT)
+    shifted = Wide(high >> (32 - _SPLIT), high << _SPLIT)
+    return add(shifted, Wide(jnp.zeros_like(low), low))
+
+
+def interpolate(start: int, end: int, fraction: Float[Array, ""]) -> Wide:
+    """`start + (end - start) * fraction`, rounded half up in the distance from `start`.
+
+    Exact for the float32 value of `fraction` (in [0, 1]) to 2**-31 of the distance; at 0
+    and 1 it is `start` and `end` themselves.
+    """
+    distance = abs(end - start)
+    limbs = [(distance >> (16 * i)) & 0xFFFF for i in range(4)]
+    fixed = (jnp.clip(fraction, 0.0, 1.0) * 2.0**31).astype(jnp.uint32)
+    parts = [fixed & 0xFFFF, fixed >> 16]
+    acc = [jnp.uint32(0)] * 7
+    for i, limb in enumerate(limbs):
+        for j, part in enumerate(parts):
+            product = jnp.uint32(limb) * part
+            acc[i + j] += product & 0xFFFF
+            acc[i + j + 1] += product >> 16
+    acc[1] += jnp.uint32(1 << 14)  # half of 2**31, the unit of `fixed`
+    carry = jnp.uint32(0)
+    for i in range(7):
+        acc[i] += carry
+        acc[i], carry = acc[i] & 0xFFFF, acc[i] >> 16
+    # The product in units of 2**-31: drop 31 bits, which is one limb and 15 bits.
+    words = [(acc[i] >> 15) | ((acc[i + 1] & 0x7FFF) << 1) for i in range(1, 5)]
+    moved = Wide(words[2] | (words[3] << 16), words[0] | (words[1] << 16))
+    origin = from_int(start)
+    return add(origin, moved) if end >= start else subtract(origin, moved)
+
+
+def popcount(words: jax.Array) -> Wide:
+    """Number of set bits of an unsigned integer array."""
+    return total(
+        jax.lax.population_count(words).astype(jnp.uint32),
+        words.size * jnp.iinfo(words.dtype).bits,
+    )

@@ -1,0 +1,154 @@
+"""How the sparsity of the whole is divided among the leaves."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import Literal, TypeAlias
+
+from jaxprune import _tree
+
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+Sparsities: TypeAlias = Mapping[str, float | Fraction]
+Allocation: TypeAlias = (
+    Literal["uniform", "global", "erk"]
+    | Sparsities
+    | Callable[[Shapes, float | Fraction], Sparsities]
+)
+
+
+def uniform(shapes: Shapes, sparsity: float | Fraction) -> dict[str, Fraction]:
+    """The same sparsity in every leaf.
+
+    Example:
+      >>> jp.allocation.uniform({"a": (4, 4), "b": (2, 8)}, 0.5)["b"]
+      Fraction(1, 2)
+    """
+    return dict.fromkeys(shapes, exact(sparsity))
+
+
+def erk(shapes: Shapes, sparsity: float | Fraction) -> dict[str, Fraction]:
+    """Erdős–Rényi-Kernel: density proportional to (sum of the axes) / (product of them).
+
+    A leaf whose density would pass 1 stays dense and the rest is divided again, so that
+    the densities meet the budget `sum(density * size) = (1 - sparsity) * sum(size)`
+    exactly, as fractions. A leaf of stacked layers counts as one tensor; give such
+    leaves their sparsity by pattern instead.
+
+    Example:
+      >>> found = jp.allocation.erk({"a": (10, 10), "b": (100, 100)}, 0.9)
+      >>> round(float(found["a"]), 3), round(float(found["b"]), 3)
+      (0.082, 0.908)
+
+    References:
+      Evci et al., Rigging the Lottery, arXiv 1911.11134, section 3 (sparsity
+      distribution); Mocanu et al., arXiv 1707.04780, Eq. (3).
+    """
+    budget = (1 - exact(sparsity)) * sum(math.prod(s) for s in shapes.values())
+    raw = {p: Fraction(sum(s), math.prod(s)) for p, s in shapes.items()}
+    dense: set[str] = set()
+    while True:
+        free = [p for p in shapes if p not in dense]
+        if not free:
+            return dict.fromkeys(shapes, Fraction(0))
+        left = budget - sum(math.prod(shapes[p]) for p in dense)
+        scale = left / sum(raw[p] * math.prod(shapes[p]) for p in free)
+        over = [p for p in free if scale * raw[p] > 1]
+        if not over:
+            break
+        # One at a time, the largest first: the others may fall back under 1.
+        dense.add(max(over, key=lambda p: raw[p]))
+    return {p: Fraction(0) if p in dense else 1 - scale * raw[p] for p in shapes}
+
+
+def exact(sparsity: float | Fraction, name: str = "sparsity") -> Fraction:
+    """The decimal that the caller wrote: 0.9 is nine tenths, not its nearest float.
+
+    Example:
+      >>> jp.allocation.exact(0.9)
+      Fraction(9, 10)
+
+    Raises:
+      ValueError: if it is outside [0, 1).
+      TypeError: if it is no number.
+    """
+    if isinstance(sparsity, bool) or not isinstance(sparsity, float | int | Fraction):
+        try:
+            sparsity = float(sparsity)
+        except Exception as e:
+            raise TypeError(
+                f"{name}: got {sparsity!r}; expected a Python number in [0, 1), the share "
+                "of weights to prune. Counts are computed exactly, before tracing."
+            ) from e
+    valid = 0 <= sparsity < 1
+    if not valid:
+        raise ValueError(
+            f"{name}: got {sparsity}; expected a share of weights to prune in [0, 1). For "
+            f"90 % write 0.9."
+        )
+    return sparsity if isinstance(sparsity, Fraction) else Fraction(repr(float(sparsity)))
+
+
+def allocate(
+    allocation: Allocation, shapes: Shapes, sparsity: float | Fraction | None
+) -> dict[str, Fraction]:
+    """The sparsity of each leaf.
+
+    Args:
+      allocation: `"uniform"`, `"erk"`, a mapping from path patterns to sparsities (the
+        last match counts; leaves that match none get `sparsity`), or a function of
+        shapes and sparsity. `"global"` has no sparsity by leaf: it is answered with the
+        whole's, and selection compares scores across leaves.
+      shapes: of the leaves to prune, by path.
+      sparsity: of the whole; may be `None` where the mapping covers every leaf.
+
+    Example:
+      >>> jp.allocation.allocate({"*": 0.5, "head": 0.25}, {"a": (8,), "head": (8,)}, None)
+      {'a': Fraction(1, 2), 'head': Fraction(1, 4)}
+    """
+    if isinstance(allocation, Mapping):
+        _tree.check_patterns(list(shapes), allocation, name="allocation")
+        found = {p: _tree.lookup(p, allocation) for p in shapes}
+        if sparsity is None and None in found.values():
+            missing = [p for p, s in found.items() if s is None]
+            raise ValueError(
+                f"sparsity: got None, but no pattern of allocation={dict(allocation)} "
+                f"matches {_tree.listing(missing)}. Give sparsity=, or a pattern '*'."
+            )
+        return {
+            p: exact(sparsity if s is None else s, f"allocation for {p}")
+            for p, s in found.items()
+        }
+    if sparsity is None:
+        raise ValueError(
+            f"sparsity: got None; expected a number in [0, 1) with allocation={allocation!r}."
+        )
+    if callable(allocation):
+        found = allocation(shapes, sparsity)
+        if set(found) != set(shapes):
+            raise ValueError(
+                f"allocation: the function answered for {_tree.listing(sorted(found))}; "
+                f"expected exactly {_tree.listing(sorted(shapes))}."
+            )
+        return {p: exact(found[p], f"allocation for {p}") for p in shapes}
+    if allocation == "erk":
+        return erk(shapes, exact(sparsity))
+    if allocation in ("uniform", "global"):
+        return uniform(shapes, sparsity)
+    raise ValueError(
+        f"allocation: got {allocation!r}; expected 'uniform', 'global', 'erk', a mapping "
+        "{path pattern: sparsity} or a function (shapes, sparsity) -> {path: sparsity}."
+    )
+
+
+def round_to_total(wanted: Sequence[Fraction], total: int) -> list[int]:
+    """Rounds to integers that sum to `total`, by largest remainder, ties to the first.
+
+    Example:
+      >>> jp.allocation.round_to_total([Fraction(1, 2), Fraction(3, 2), Fraction(1)], 3)
+      [1, 1, 1]
+    """
+    floors = [math.floor(w) for w in wanted]
+    order = sorted(range(len(wanted)), key=lambda i: (floors[i] - wanted[i], i))
+    for i in order[: max(total - sum(floors), 0)]:
+        floors[i] += 1
+    return floors

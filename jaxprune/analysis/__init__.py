@@ -1,0 +1,7 @@
+"""Measures and diagnostics of models, masks and sparse layers; they return numbers."""
+
+from ._topology import Vanished as Vanished
+from ._topology import degree_deviation as degree_deviation
+from ._topology import degrees as degrees
+from ._topology import four_group_share as four_group_share
+from ._topology import vanished as vanished

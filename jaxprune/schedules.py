@@ -1,0 +1,159 @@
+"""When, and how far: sparsity as a function of the training step."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Moves from `initial` to `final` between two steps, and says when to update masks.
+
+    Calling it with a step (0-based int32, traced or not) gives the sparsity, float32.
+    Between two updates the value stands still. Counts are not computed from that float32
+    but from `fraction`, so that they are exact at both ends however large the leaf.
+
+    Attributes:
+      initial: value up to `begin`.
+      final: value from `end` on.
+      begin: step of the first update.
+      end: step of the last update; always one, whether or not `every` meets it.
+      every: steps from one update to the next.
+      curve: share of the way gone, as a function of the share of time gone.
+    """
+
+    initial: float
+    final: float
+    begin: int
+    end: int
+    every: int
+    curve: Callable[[Array], Array]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.begin <= self.end:
+            raise ValueError(
+                f"begin, end: got begin={self.begin}, end={self.end}; expected "
+                "0 <= begin <= end, in training steps."
+            )
+        if self.every < 1:
+            raise ValueError(f"every: got {self.every}; expected at least 1 step.")
+
+    def __call__(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
+        """The value at `step`."""
+        value = self.initial + (self.final - self.initial) * self.fraction(step)
+        # Exact at the ends, which the rounded sum above need not be.
+        step = jnp.asarray(step)
+        value = jnp.where(step < self.begin, self.initial, value)
+        return jnp.where(step >= self.end, self.final, value).astype(jnp.float32)
+
+    def fraction(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
+        """Share of the way from `initial` to `final` that is gone, in [0, 1]."""
+        step = jnp.asarray(step)
+        since = jnp.maximum(step - self.begin, 0)
+        since = since // self.every * self.every
+        time = since.astype(jnp.float32) / max(self.end - self.begin, 1)
+        gone = jnp.clip(self.curve(jnp.clip(time, 0, 1)), 0, 1)
+        gone = jnp.where(step < self.begin, 0, gone)
+        return jnp.where(step >= self.end, 1, gone).astype(jnp.float32)
+
+    def due(self, step: Int[Array, ""] | int) -> Bool[Array, ""]:
+        """Whether masks are updated at `step`."""
+        step = jnp.asarray(step)
+        inside = (step >= self.begin) & (step <= self.end)
+        return inside & (((step - self.begin) % self.every == 0) | (step == self.end))
+
+
+def constant(value: float) -> Schedule:
+    """The same value from the first step on; one update, at step 0.
+
+    Example:
+      >>> float(jp.schedules.constant(0.5)(7))
+      0.5
+    """
+    return Schedule(value, value, 0, 0, 1, jnp.ones_like)
+
+
+def one_shot(final: float, at: int) -> Schedule:
+    """0 before step `at`, `final` from there on.
+
+    Example:
+      >>> [float(jp.schedules.one_shot(0.5, at=3)(t)) for t in (2, 3)]
+      [0.0, 0.5]
+    """
+    return Schedule(0.0, final, at, at, 1, jnp.ones_like)
+
+
+def cubic(
+    final: float, begin: int, end: int, every: int = 1, initial: float = 0.0
+) -> Schedule:
+    """The cubic ramp of gradual magnitude pruning: fast at first, slow at the end.
+
+    `s(t) = final + (initial - final) (1 - (t - begin) / (end - begin))**3`
+
+    Example:
+      >>> s = jp.schedules.cubic(0.9, begin=0, end=100, every=10)
+      >>> [round(float(s(t)), 4) for t in (0, 50, 59, 100, 200)]
+      [0.0, 0.7875, 0.7875, 0.9, 0.9]
+
+    References:
+      Zhu & Gupta, To Prune, or Not to Prune, arXiv 1710.01878, Eq. (1).
+    """
+    return Schedule(initial, final, begin, end, every, _cubic)
+
+
+def window(
+    final: float, total: int, every: int = 1, *, start: float = 0.25, stop: float = 0.75,
+    initial: float = 0.0,
+) -> Schedule:  # fmt: skip
+    """The cubic ramp over a window of the training run.
+
+    Args:
+      final: sparsity at the end.
+      total: training steps in all.
+      every: steps between mask updates.
+      start: share of the run at which the ramp begins.
+      stop: share of the run at which it ends.
+      initial: sparsity before.
+
+    Example:
+      >>> s = jp.schedules.window(0.9, total=100)
+      >>> s.begin, s.end
+      (25, 75)
+
+    Raises:
+      ValueError: unless 0 <= start <= stop <= 1.
+    """
+    if not 0 <= start <= stop <= 1:
+        raise ValueError(
+            f"start, stop: got {start}, {stop}; expected 0 <= start <= stop <= 1, as "
+            "shares of the run."
+        )
+    return cubic(final, round(start * total), round(stop * total), every, initial)
+
+
+def cosine(
+    final: float, begin: int, end: int, every: int = 1, initial: float = 0.0
+) -> Schedule:
+    """Half a cosine from `initial` to `final`; falls as well as rises.
+
+    Example:
+      >>> s = jp.schedules.cosine(0.0, begin=0, end=100, initial=0.3)
+      >>> [round(float(s(t)), 4) for t in (0, 50, 100)]
+      [0.3, 0.15, 0.0]
+
+    References:
+      The decay of the drop fraction in Evci et al., Rigging the Lottery,
+      arXiv 1911.11134, section 3 (update schedule).
+    """
+    return Schedule(initial, final, begin, end, every, _cosine)
+
+
+def _cubic(time: Array) -> Array:
+    return 1 - (1 - time) ** 3
+
+
+def _cosine(time: Array) -> Array:
+    return (1 - jnp.cos(math.pi * time)) / 2

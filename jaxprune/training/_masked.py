@@ -1,0 +1,330 @@
+"""`masked`: any optax optimizer, any sparse training method, and exact zeros."""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+
+from jaxprune import _tree, masks
+from jaxprune._tree import PyTree
+from jaxprune._wide import Wide
+from jaxprune.training._method import Info, Method, MethodState, mask_gradients, start
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MaskedState:
+    """State of `masked`: the inner optimizer's, the method's, and the forward view."""
+
+    inner: PyTree
+    method: MethodState
+    view: Callable[[PyTree, PyTree], PyTree] = dataclasses.field(
+        metadata={"static": True}
+    )
+
+
+def masked(
+    inner: optax.GradientTransformation,
+    method_or_masks: Method | PyTree,
+    *,
+    where: _tree.Where = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Trains with `inner` while a method, or fixed masks, keep weights at zero.
+
+    After `optax.apply_updates` every pruned, finite weight is exactly 0; there is no
+    second call to remember. Moments of weights whose mask changes go back to what
+    `inner.init` gave them, and copies of the weights inside `inner` (schedule-free's z,
+    prodigy's start) follow the mask. They are found in the optimizer state by path and
+    shape; what has neither, such as adafactor's factored moments, is left alone.
+
+    Args:
+      inner: the optimizer. It receives all extra arguments.
+      method_or_masks: a method such as `jaxprune.gmp(...)`, or masks that stay fixed
+        (fine-tuning).
+      where: which leaves the method may prune; see `jaxprune.prune`. Not with masks,
+        which say it themselves.
+
+    Returns:
+      A transformation that needs `params` in `update`. Put it last in a `chain`; it may
+      itself stand in `partition`, `MultiSteps` or `inject_hyperparams`.
+
+    Raises:
+      ValueError: if the masks do not fit the parameters, or `where` selects nothing.
+
+    Example:
+      >>> params = {"kernel": jnp.array([[3.0, -1.0], [0.5, 2.0]])}
+      >>> params, masks = jp.prune(params, sparsity=0.5)
+      >>> tx = jp.masked(optax.adamw(0.1), masks)
+      >>> state = tx.init(params)
+      >>> grads = {"kernel": jnp.ones((2, 2))}
+      >>> updates, state = tx.update(grads, state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> (params["kernel"] != 0).tolist()
+      [[True, False], [False, True]]
+    """
+    inner = optax.with_extra_args_support(inner)
+    if isinstance(method_or_masks, Method):
+        method = method_or_masks
+    else:
+        if where is not None:
+            raise ValueError(
+                "where: fixed masks already say which leaves are pruned (None = never). "
+                "Leave where= out, or pass a method instead of masks."
+            )
+        method = _frozen(method_or_masks)
+        where = _is_masked_leaf(method_or_masks)
+
+    def init(params: PyTree) -> MaskedState:
+        state = method.init(_tree.select(params, where))
+        # Copies that the optimizer takes of the weights must obey the mask from the start.
+        return MaskedState(inner.init(masks.apply(params, state.masks)), state, method.view)
+
+    def update(updates, state, params=None, **extra):
+        if params is None:
+            raise ValueError(
+                "params: got None; masked needs the parameters. Call "
+                "tx.update(grads, opt_state, params)."
+            )
+        old = state.method.masks
+        chosen = _only_masked(params, old)
+        method_state = method.update(_only_masked(updates, old), state.method, chosen)
+        grads = _merge(
+            updates, method.gradients(_only_masked(updates, old), method_state, chosen)
+        )
+        inner_state = lax.cond(
+            method_state.info.changed,
+            lambda s: _reset(s, inner.init, params, old, method_state.masks),
+            lambda s: s,
+            state.inner,
+        )
+        updates, inner_state = inner.update(grads, inner_state, params, **extra)
+        updates = _emit(updates, params, method, method_state)
+        return updates, MaskedState(inner_state, method_state, method.view)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def get_masks(opt_state: PyTree) -> PyTree:
+    """The boolean masks, wherever in `opt_state` the state of `masked` stands.
+
+    Works on chains, `partition` (the masks of its parts are joined), `MultiSteps`,
+    `TrainState` and `nnx.Optimizer`.
+
+    Raises:
+      ValueError: if there is no such state.
+    """
+    found = [masks.unpack(s.method.masks) for s in _states(opt_state)]
+    joined = found[0]
+    for other in found[1:]:
+        joined = jax.tree.map(
+            lambda a, b: b if _tree.is_hole(a) else a, joined, other, is_leaf=_tree.is_hole
+        )
+    return joined
+
+
+def get_info(opt_state: PyTree) -> dict[str, Any]:
+    """What the method did, on the host; see `Info`.
+
+    Returns:
+      `step`; `changed`, whether the last step updated masks; `density` of the masked
+      leaves; `flipped` (weights), `churn` (the same as a share); `kept`, by leaf path;
+      `nonfinite` weights at the last update. Counts are Python integers and exact.
+
+    Raises:
+      ValueError: if there is no state of `masked` in `opt_state`.
+    """
+    kept: dict[str, int] = {}
+    total = flipped = nonfinite = step = 0
+    changed = False
+    for state in _states(opt_state):
+        paths, leaves, _ = _tree.flatten(
+            jax.tree.map(lambda m: _Shape(m.shape), state.method.masks, is_leaf=_is_packed)
+        )
+        shapes = [(p, x.shape) for p, x in zip(paths, leaves, strict=True)
+                  if isinstance(x, _Shape)]  # fmt: skip
+        info: Info = state.method.info
+        counts = [int(Wide(*c)) for c in info.kept]
+        kept |= {p: n for (p, _), n in zip(shapes, counts, strict=True)}
+        total += sum(math.prod(s) for _, s in shapes)
+        flipped += int(Wide(*info.flipped))
+        nonfinite += int(Wide(*info.nonfinite))
+        step, changed = max(step, int(state.method.step)), changed or bool(info.changed)
+    return {
+        "step": step,
+        "changed": changed,
+        "density": sum(kept.values()) / total if total else 1.0,
+        "flipped": flipped,
+        "churn": flipped / total if total else 0.0,
+        "kept": kept,
+        "nonfinite": nonfinite,
+    }
+
+
+def sparse_params(params: PyTree, opt_state: PyTree) -> PyTree:
+    """What the forward pass must see: pruned weights are 0 in it.
+
+    Most methods keep the parameters themselves sparse; methods with dense weights behind
+    the mask need this in the loss. Gradients pass through it as the method says.
+
+    Raises:
+      ValueError: if there is no state of `masked` in `opt_state`.
+    """
+    for state in _states(opt_state):
+        chosen = _only_masked(params, state.method.masks)
+        params = _merge(params, state.view(chosen, state.method.masks))
+    return params
+
+
+def _frozen(found: PyTree) -> Method:
+    def init(params: PyTree) -> MethodState:
+        masks.check(params, found)
+        return start(
+            _tree.map_leaves(lambda _, m: m, params, found), params
+        )
+
+    return Method(init, advance, mask_gradients, None, masks.apply)
+
+
+def advance(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
+    """One more step, the masks as they were."""
+    del grads, params
+    info = state.info._replace(changed=jnp.bool_(False))
+    return state._replace(step=optax.safe_increment(state.step), info=info)
+
+
+def _emit(updates: PyTree, params: PyTree, method: Method, state: MethodState) -> PyTree:
+    """Updates that land on the projected and masked weights, exactly on 0 where pruned."""
+
+    def plain(mask, u, p):
+        if mask is None:
+            return u
+        keep = masks.as_bool(mask)
+        return jnp.where(keep, u, -p)
+
+    if method.project is None:
+        return _map_masks(plain, state.masks, updates, params)
+
+    moved = _map_masks(
+        lambda m, p, u: None if m is None else (p + u).astype(p.dtype),
+        state.masks, params, updates,
+    )  # fmt: skip
+    target = method.project(moved, state)
+
+    def projected(mask, u, p, new, aim):
+        if mask is None:
+            return u
+        wide = jnp.promote_types(jnp.promote_types(u.dtype, p.dtype), jnp.float32)
+        aim = jnp.where(masks.as_bool(mask), aim, jnp.zeros_like(aim))
+        step = jnp.where(aim == 0, -p.astype(wide), aim.astype(wide) - p.astype(wide))
+        return jnp.where(aim == new, u.astype(wide), step)
+
+    return _map_masks(projected, state.masks, updates, params, moved, target)
+
+
+def _reset(state: PyTree, init, params: PyTree, old: PyTree, new: PyTree) -> PyTree:
+    """Puts the moments of flipped weights back to what `init` gives them.
+
+    Copies of the weights get the masked weights, by the same rule: `init` copies those.
+    """
+    fresh = init(masks.apply(params, new))
+    flips = {
+        tuple(map(str, path)): masks.as_bool(a) ^ masks.as_bool(b)
+        for (path, a), (_, b) in zip(
+            jax.tree_util.tree_leaves_with_path(old, is_leaf=_is_packed),
+            jax.tree_util.tree_leaves_with_path(new, is_leaf=_is_packed),
+            strict=True,
+        )
+    }
+
+    def renew(path, x, x0):
+        names = tuple(map(str, path))
+        for first in range(len(names) + 1):  # the longest suffix that is a weight's path
+            flip = flips.get(names[first:])
+            if flip is not None:
+                if getattr(x, "shape", None) == flip.shape:
+                    return jnp.where(flip, x0.astype(x.dtype), x)
+                break
+        return x
+
+    return jax.tree_util.tree_map_with_path(renew, state, fresh)
+
+
+def _map_masks(f, found: PyTree, tree: PyTree, *rest: PyTree) -> PyTree:
+    """Maps `f(mask, x, ...)` over the leaves of `tree`; holes of `tree` stay."""
+    _, leaves, treedef = _tree.flatten(tree)
+    columns = [treedef.flatten_up_to(t) for t in (found, *rest)]
+    return treedef.unflatten(
+        [
+            x if _tree.is_hole(x) else f(None if _tree.is_hole(m) else m, x, *xs)
+            for x, m, *xs in zip(leaves, *columns, strict=True)
+        ]
+    )
+
+
+def _only_masked(tree: PyTree, found: PyTree) -> PyTree:
+    return _map_masks(lambda m, x: None if m is None else x, found, tree)
+
+
+def _merge(tree: PyTree, chosen: PyTree) -> PyTree:
+    """`tree` with the leaves of `chosen` that are no holes in place of its own."""
+    _, leaves, treedef = _tree.flatten(tree)
+    new = treedef.flatten_up_to(chosen)
+    return treedef.unflatten(
+        [x if _tree.is_hole(y) else y for x, y in zip(leaves, new, strict=True)]
+    )
+
+
+def _is_masked_leaf(found: PyTree) -> Callable[[str, Any], bool]:
+    paths, leaves, _ = _tree.flatten(
+        jax.tree.map(lambda m: _Shape(m.shape), found, is_leaf=_is_packed)
+    )
+    chosen = {p for p, x in zip(paths, leaves, strict=True) if isinstance(x, _Shape)}
+    return lambda path, _: path in chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """A leaf that stands for a mask and is no tree itself."""
+
+    shape: tuple[int, ...]
+
+
+def _states(opt_state: PyTree) -> list[MaskedState]:
+    found = [
+        x for x in jax.tree.leaves(_without_variables(opt_state), is_leaf=_is_state)
+        if _is_state(x)
+    ]  # fmt: skip
+    if not found:
+        raise ValueError(
+            "opt_state: holds no state of jaxprune.masked. Pass what tx.init or tx.update "
+            "returned for tx = jaxprune.masked(...), or an object that contains it."
+        )
+    return found
+
+
+def _without_variables(tree: PyTree) -> PyTree:
+    """Arrays in place of NNX variables, which `nnx.Optimizer` wraps its state in."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return tree
+    if isinstance(tree, nnx.Optimizer):
+        tree = tree.opt_state
+    return jax.tree.map(
+        lambda x: x[...] if isinstance(x, nnx.Variable) else x, tree,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )  # fmt: skip
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, MaskedState)
+
+
+def _is_packed(x: Any) -> bool:
+    return isinstance(x, masks.PackedMask)

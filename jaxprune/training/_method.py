@@ -1,0 +1,125 @@
+"""What a sparse training method is: five pure functions, and the state they share."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from jaxprune import _select, _tree, _wide, masks
+from jaxprune._tree import PyTree
+from jaxprune._wide import Wide
+
+
+class Info(NamedTuple):
+    """What the last mask update did. A `Wide` is an exact count; `int(...)` reads it.
+
+    Attributes:
+      changed: whether the last step updated the masks.
+      kept: weights kept, for each masked leaf in the order of the tree.
+      flipped: weights whose mask the last update changed (churn).
+      nonfinite: NaN and infinite weights among the masked leaves at the last update. An
+        update cannot mend such a weight: it stays what it is, whatever its mask.
+    """
+
+    changed: Bool[Array, ""]
+    kept: tuple[Wide, ...]
+    flipped: Wide
+    nonfinite: Wide
+
+
+class MethodState(NamedTuple):
+    """State of a method.
+
+    Attributes:
+      step: updates so far, int32.
+      masks: packed masks; `None` for leaves that are never pruned.
+      info: see `Info`.
+      own: whatever else the method keeps.
+    """
+
+    step: Int[Array, ""]
+    masks: PyTree
+    info: Info
+    own: PyTree
+
+
+class Method(NamedTuple):
+    """A sparse training method, for `jaxprune.masked`.
+
+    In the trees that these functions get, leaves that are not to be pruned are `None`.
+
+    Attributes:
+      init: `(params) -> state`.
+      update: `(grads, state, params) -> state`; decides masks from the weights before the
+        step, and says in `state.info.changed` whether it did.
+      gradients: `(grads, state, params) -> grads`, what the inner optimizer sees.
+      project: `(params, state) -> params`, applied after the inner step and before the
+        mask; `None` where there is nothing but the mask.
+      view: `(params, masks) -> params`, what the forward pass must see.
+    """
+
+    init: Callable[[PyTree], MethodState]
+    update: Callable[[PyTree, MethodState, PyTree], MethodState]
+    gradients: Callable[[PyTree, MethodState, PyTree], PyTree]
+    project: Callable[[PyTree, MethodState], PyTree] | None
+    view: Callable[[PyTree, PyTree], PyTree]
+
+
+def mask_gradients(grads: PyTree, state: MethodState, params: PyTree) -> PyTree:
+    """Gradients of pruned weights are 0, so that their moments stay as they began."""
+    del params
+    return _tree.map_leaves(
+        lambda g, m: jnp.where(masks.as_bool(m), g, jnp.zeros_like(g)), grads, state.masks
+    )
+
+
+def start(found: PyTree, params: PyTree, own: PyTree = ()) -> MethodState:
+    """The state at step 0 with the masks `found`, packed or not."""
+    packed = masks.pack(found)
+    info = Info(jnp.bool_(False), kept_counts(packed), _wide.from_int(0), nonfinite(params))
+    return MethodState(jnp.int32(0), packed, info, own)
+
+
+def replace_masks(
+    state: MethodState, found: Sequence[Bool[Array, "..."]], params: PyTree
+) -> MethodState:
+    """The state with new masks, one for each masked leaf in order, and their counts."""
+    old, treedef = jax.tree.flatten(state.masks, is_leaf=_is_packed)
+    new = [masks.repack(m, like) for m, like in zip(found, old, strict=True)]
+    flipped = _sum(
+        _wide.popcount(a.bits ^ b.bits) if a.axis is not None
+        else masks.count_leaf(a.bits ^ b.bits)
+        for a, b in zip(old, new, strict=True)
+    )  # fmt: skip
+    packed = treedef.unflatten(new)
+    info = Info(jnp.bool_(True), kept_counts(packed), flipped, nonfinite(params))
+    return state._replace(masks=packed, info=info)
+
+
+def kept_counts(packed: PyTree) -> tuple[Wide, ...]:
+    """Weights kept in each leaf of a tree of packed masks."""
+    return tuple(map(masks.count_leaf, jax.tree.leaves(packed, is_leaf=_is_packed)))
+
+
+def nonfinite(params: PyTree) -> Wide:
+    """Number of NaN and infinite weights."""
+    arrays = [x for x in jax.tree.leaves(params) if _tree.is_float(x)]
+    return _sum(_select.count(x, lambda x: ~jnp.isfinite(x)) for x in arrays)
+
+
+def arrays(tree: PyTree) -> list[Any]:
+    """The leaves of `tree` that are no holes."""
+    return [x for x in _tree.flatten(tree)[1] if not _tree.is_hole(x)]
+
+
+def _sum(counts) -> Wide:
+    total = _wide.from_int(0)
+    for count in counts:
+        total = _wide.add(total, count)
+    return total
+
+
+def _is_packed(x: Any) -> bool:
+    return isinstance(x, masks.PackedMask)
