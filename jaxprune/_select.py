@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxprune import _wide
 from jaxprune._wide import Wide
@@ -99,6 +99,14 @@ def keep(scores: Array, cut: Cut) -> Bool[Array, "..."]:
     row, column = _positions(scores.shape)
     before = (row < cut.row) | ((row == cut.row) & (column < cut.column))
     return _above(scores, cut.threshold) | (_ties(scores, cut.threshold) & before)
+
+
+def threshold_value(cut: Cut) -> Float[Array, ""]:
+    """The smallest score that is kept, float32; 0 where everything is."""
+    width = jnp.iinfo(cut.threshold.dtype).bits
+    dtype = jnp.float32 if width == 32 else jnp.bfloat16 if width == 16 else jnp.float64
+    value = _unordered(cut.threshold, dtype).astype(jnp.float32)
+    return jnp.where(jnp.isfinite(value), value, 0)
 
 
 def count(x: Array, test: Callable[[Array], Array]) -> Wide:

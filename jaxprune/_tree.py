@@ -115,6 +115,20 @@ def select(tree: PyTree, where: Where) -> PyTree:
     )
 
 
+def align(tree: PyTree, like: PyTree, is_leaf: Callable[[Any], bool]) -> PyTree:
+    """Gives `tree` the containers of `like` if the paths of their leaves are the same.
+
+    NNX wraps leaves in variables or not, and wraps them anew in its optimizer.
+    """
+    paths, _, treedef = flatten(like)
+    keyed, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: is_hole(x) or is_leaf(x)
+    )
+    if [path_string(p) for p, _ in keyed] != paths:
+        return tree
+    return treedef.unflatten([x for _, x in keyed])
+
+
 def lookup(path: str, table: Mapping[str, T]) -> T | None:
     """Returns the value of the last glob pattern of `table` that matches `path`."""
     found = [v for pattern, v in table.items() if fnmatch.fnmatchcase(path, pattern)]

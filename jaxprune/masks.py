@@ -54,7 +54,7 @@ def apply(params: PyTree, masks: PyTree) -> PyTree:
       >>> jp.masks.apply(jnp.array([1.0, jnp.nan]), jnp.array([True, False])).tolist()
       [1.0, 0.0]
     """
-    check(params, masks)
+    masks = check(params, masks)
     return _tree.map_leaves(
         lambda w, m: w if m is None else jnp.where(as_bool(m), w, jnp.zeros_like(w)),
         params, masks,
@@ -158,7 +158,7 @@ def summary(params: PyTree, masks: PyTree) -> str:
       masked              4     1   75.00 %
       all                 4     1   75.00 %
     """
-    check(params, masks)
+    masks = check(params, masks)
     paths, leaves, treedef = _tree.flatten(params)
     rows, masked, total, kept = [], 0, 0, 0
     for path, leaf, mask in zip(paths, leaves, treedef.flatten_up_to(masks), strict=True):
@@ -187,9 +187,14 @@ def summary(params: PyTree, masks: PyTree) -> str:
     return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:]])
 
 
-def check(params: PyTree, masks: PyTree) -> None:
-    """Raises `ValueError`, naming the path, unless `masks` fits `params`."""
+def check(params: PyTree, masks: PyTree) -> PyTree:
+    """Returns `masks` in the containers of `params`.
+
+    Raises:
+      ValueError: naming the path, unless `masks` fits `params`.
+    """
     paths, leaves, treedef = _tree.flatten(params)
+    masks = _tree.align(masks, params, _is_packed)
     try:
         mask_leaves = treedef.flatten_up_to(masks)
     except ValueError as e:
@@ -213,6 +218,7 @@ def check(params: PyTree, masks: PyTree) -> None:
                 f"masks: {path} has shape {tuple(shape)} but the weight is "
                 f"{_describe(leaf)}. Make the masks from these params."
             )
+    return masks
 
 
 def pack_leaf(mask: Bool[Array, "..."] | PackedMask) -> PackedMask:

@@ -62,6 +62,38 @@ def sqrt_l1(
     return jnp.sum(jnp.sqrt(_l1(parts) + delta), axis=-1)
 
 
+def sqrt_l1_slope(
+    parts: Sequence[Float[Array, "*batch rows _"]], *, delta: float = 1e-8
+) -> Float[Array, "*batch rows"]:
+    r"""The slope of `sqrt_l1` in each row's l1 norm, without gradient.
+
+    .. math:: c_i = \frac{1}{2 \sqrt{\|a_i\|_1 + \delta}}
+
+    A soft threshold of `strength * c_i` is the proximal step of the penalty's tangent
+    (majorise-minimise). It agrees with `prox_sqrt_l1` to first order in the strength, at
+    one pass over the row instead of 25.
+
+    Args:
+      parts: as in `sqrt_l1`.
+      delta: smoothing constant, in the unit of the weights.
+
+    Returns:
+      One number a row, at least float32.
+
+    Raises:
+      TypeError, ValueError: as `sqrt_l1`.
+
+    Example:
+      >>> sqrt_l1_slope([jnp.array([[1.0, -3.0]])])
+      Array([0.25], dtype=float32)
+
+    References:
+      Dhurandhar et al., NeuroPrune, arXiv 2404.01306, equation (2), reconstructed.
+    """
+    _check_parts(parts)
+    return lax.stop_gradient(0.5 / jnp.sqrt(_l1(parts) + delta))
+
+
 def prox_sqrt_l1(
     parts: Sequence[Float[Array, "*batch rows _"]], strength: ScalarLike
 ) -> tuple[Float[Array, "*batch rows _"], ...]:
@@ -78,7 +110,7 @@ def prox_sqrt_l1(
     The penalty is not convex, and there can be several such `t` with a local minimum at
     each (a row of one large and many small entries has one minimum that keeps them all
     and one that keeps the large). So taking the root with the largest `S` is not
-    enough: it costs up to 7 % of the objective on rows made for it. What bounds the
+    enough: it can cost more than 1 % of the objective. What bounds the
     search is that only `t <= max|a| / 3` can beat 0, which gives
     `s / (2 sqrt(sum|a|)) <= t <= s / (2 sqrt(2/3 max|a|))`. 16 thresholds spread
     geometrically over this range find the best minimum, 6 Newton steps kept inside
@@ -87,7 +119,8 @@ def prox_sqrt_l1(
 
     Against an exact float64 method that sorts each row, the float32 result is within
     1e-6 of the best objective, relatively, and its entries are within 1e-6 of the row's
-    largest; so also on rows made for two minima to be nearly as good as each other.
+    largest. The exception is a strength within 1 % of one at which two minima are
+    equally good: there either may come back, within 1e-3 of the best objective.
 
     The paper adds the penalty to the loss; the proximal step is our choice, because it
     gives rows and entries of exact zeros.

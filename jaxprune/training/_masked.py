@@ -71,18 +71,22 @@ def masked(
     """
     inner = optax.with_extra_args_support(inner)
     if isinstance(method_or_masks, Method):
-        method = method_or_masks
+        method, fixed = method_or_masks, None
     else:
         if where is not None:
             raise ValueError(
                 "where: fixed masks already say which leaves are pruned (None = never). "
                 "Leave where= out, or pass a method instead of masks."
             )
-        method = _frozen(method_or_masks)
-        where = _is_masked_leaf(method_or_masks)
+        fixed = masks.pack(method_or_masks)
+        method = _frozen(fixed)
 
     def init(params: PyTree) -> MaskedState:
-        state = method.init(_tree.select(params, where))
+        if fixed is None:
+            chosen = _tree.select(params, where)
+        else:
+            chosen = _only_masked(params, masks.check(params, fixed))
+        state = method.init(chosen)
         # Copies that the optimizer takes of the weights must obey the mask from the start.
         return MaskedState(inner.init(masks.apply(params, state.masks)), state, method.view)
 
@@ -104,7 +108,10 @@ def masked(
             lambda s: s,
             state.inner,
         )
-        updates, inner_state = inner.update(grads, inner_state, params, **extra)
+        # Weights just pruned are gone for the optimizer too: weight decay, or a copy of
+        # the weights such as schedule-free's z, would otherwise bring them back.
+        seen = masks.apply(params, method_state.masks)
+        updates, inner_state = inner.update(grads, inner_state, seen, **extra)
         updates = _emit(updates, params, method, method_state)
         return updates, MaskedState(inner_state, method_state, method.view)
 
@@ -177,17 +184,16 @@ def sparse_params(params: PyTree, opt_state: PyTree) -> PyTree:
       ValueError: if there is no state of `masked` in `opt_state`.
     """
     for state in _states(opt_state):
-        chosen = _only_masked(params, state.method.masks)
-        params = _merge(params, state.view(chosen, state.method.masks))
+        found = masks.check(params, state.method.masks)
+        chosen = _only_masked(params, found)
+        params = _merge(params, state.view(chosen, found))
     return params
 
 
 def _frozen(found: PyTree) -> Method:
     def init(params: PyTree) -> MethodState:
-        masks.check(params, found)
-        return start(
-            _tree.map_leaves(lambda _, m: m, params, found), params
-        )
+        fitting = masks.check(params, found)
+        return start(_tree.map_leaves(lambda _, m: m, params, fitting), params)
 
     return Method(init, advance, mask_gradients, None, masks.apply)
 
@@ -281,14 +287,6 @@ def _merge(tree: PyTree, chosen: PyTree) -> PyTree:
     )
 
 
-def _is_masked_leaf(found: PyTree) -> Callable[[str, Any], bool]:
-    paths, leaves, _ = _tree.flatten(
-        jax.tree.map(lambda m: _Shape(m.shape), found, is_leaf=_is_packed)
-    )
-    chosen = {p for p, x in zip(paths, leaves, strict=True) if isinstance(x, _Shape)}
-    return lambda path, _: path in chosen
-
-
 @dataclasses.dataclass(frozen=True)
 class _Shape:
     """A leaf that stands for a mask and is no tree itself."""
@@ -310,15 +308,15 @@ def _states(opt_state: PyTree) -> list[MaskedState]:
 
 
 def _without_variables(tree: PyTree) -> PyTree:
-    """Arrays in place of NNX variables, which `nnx.Optimizer` wraps its state in."""
+    """Takes off the variables that `nnx.Optimizer` wraps its state in."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return tree
     if isinstance(tree, nnx.Optimizer):
         tree = tree.opt_state
     return jax.tree.map(
-        lambda x: x[...] if isinstance(x, nnx.Variable) else x, tree,
-        is_leaf=lambda x: isinstance(x, nnx.Variable),
+        lambda x: x.get_value() if isinstance(x, nnx.OptState) else x, tree,
+        is_leaf=lambda x: isinstance(x, nnx.OptState),
     )  # fmt: skip
 
 

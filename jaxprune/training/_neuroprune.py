@@ -1,0 +1,423 @@
+"""NeuroPrune: sparse training by network topology (Dhurandhar et al., arXiv 2404.01306)."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from jaxprune import _select, _tree, _wide, masks, penalties, schedules
+from jaxprune._tree import PyTree
+from jaxprune.allocation import exact
+from jaxprune.training import _heads, _roles
+from jaxprune.training._masked import advance
+from jaxprune.training._method import (
+    Method,
+    MethodState,
+    mask_gradients,
+    replace_masks,
+    start,
+)
+from jaxprune.training._roles import Roles
+
+DegreeWeights = Callable[[Float[Array, "*stack fan_in units"]], Float[Array, "*stack units"]]
+
+
+class NeuroPruneState(NamedTuple):
+    """What the method keeps beside masks.
+
+    Attributes:
+      thresholds: soft threshold of each step, by leaf; one number a unit (a column of a
+        matrix under Eq. 1) or a row (of Q, K and V under Eq. 2), broadcast to the leaf.
+      alive: heads not yet removed, `[stack, heads]`, by layer.
+      fold: matrices `[stack, heads, heads]` that fold W_O at this step, by layer.
+      folding: whether this step folds.
+    """
+
+    thresholds: dict[str, Float[Array, "..."]]
+    alive: dict[str, Bool[Array, "stack heads"]]
+    fold: dict[str, Float[Array, "stack heads heads"]]
+    folding: Bool[Array, ""]
+
+
+def neuroprune(
+    sparsity: float | Fraction | None = None,
+    *,
+    roles: Roles,
+    begin: int = 0,
+    end: int,
+    every: int = 10,
+    reading: penalties.Reading | DegreeWeights = "missing",
+    attention: Literal["sqrt_l1", "l1"] = "sqrt_l1",
+    strengths: tuple[float, float] | None = None,
+    eps: float = 1e-4,
+    allocation: Literal["global", "uniform"] = "global",
+    theta: float | None = 0.15,
+    theta_rel: float | None = None,
+    head_every: int | None = None,
+    fold: Literal["out", "mlp"] = "out",
+) -> Method:
+    r"""Sparse training of transformers by the topology of their connections.
+
+    Three parts, all in the training run itself:
+
+    1. *Preferential attachment* in the MLP: an l1 penalty on each neuron's incoming
+       links, weighted by the share of them that is missing already (Eq. 1), so that
+       neurons poor in links become poorer and the rich stay rich.
+    2. *Attention*: the square root of the l1 norm of each input row of [Q, K, V], across
+       heads (Eq. 2).
+    3. *Redundant heads*: every `head_every` steps, heads whose weights differ from
+       another's by at most a threshold are folded into it and masked (Algorithms 2, 3).
+       `jaxprune.neuroprune_shrink` removes them after training.
+
+    The penalties act as proximal steps after the inner optimizer: a soft threshold
+    `strength * c` with `c` the weight of Eq. (1), or for Eq. (2) the slope
+    `1 / (2 sqrt(row l1))` of its tangent (the exact proximal operator is
+    `jaxprune.penalties.prox_sqrt_l1`; at these small steps the two differ by the square
+    of the strength). From `begin` to `end` weights may come back; at `end` the mask is
+    drawn, and the remaining steps train the kept weights alone.
+
+    **The controller is ours**; the paper sweeps its coefficients. Every `every` steps it
+    takes the number of weights that should be zero `every` steps later, on a cubic
+    schedule, selects exactly the threshold `tau` of `|w| / c` below which that many lie,
+    and spreads it: each of the steps shrinks by `c * tau / every`. What gradients push
+    back is met by the next selection. At `end` the smallest remaining weights go, so that
+    the count is exact. So that every count can be reached, a unit with all of its links
+    weighs as if half a link were missing.
+
+    Differences from the paper, beside the controller: proximal steps instead of a term in
+    the loss; `c` is refreshed every `every` steps, not each step; heads are folded into
+    W_O by default (exact for equal heads; `fold="mlp"` is Algorithm 2 as written); with
+    `roles.degree` other matrices can take part. The formulas of Eq. (1) and (2) are
+    reconstructed from the paper's text.
+
+    Args:
+      sparsity: share of the penalised weights that is pruned at `end`, the same for the
+        matrices under Eq. (1) and for Q, K, V. `None` with `strengths`.
+      roles: which leaf plays which part; other leaves are not masked.
+      begin: first step of shrinking.
+      end: step at which the mask is drawn.
+      every: steps between refreshes of weights and strength.
+      reading: how missing links weigh; see `jaxprune.penalties.degree_weights`. Or a
+        function from a kernel to weights, for experiments.
+      attention: the penalty on Q, K, V: Eq. (2), or plain l1 as a baseline.
+      strengths: instead of a sparsity, fixed soft thresholds a step for Eq. (1) and
+        Eq. (2), each the coefficient times the learning rate. At `end` weights below
+        `eps` are pruned.
+      eps: below this a link counts as missing; the paper's value.
+      allocation: `"global"` compares `|w| / c` across all matrices of a part, as one
+        coefficient does; `"uniform"` gives each matrix the same sparsity.
+      theta: largest absolute difference of heads that count as redundant; the paper uses
+        0.15 to 0.25 for BERT.
+      theta_rel: the same relative to the largest weight of the layer's Q, K and V, for
+        models of another scale; in place of `theta`.
+      head_every: steps between head removals, in the paper one epoch; `None` removes
+        none. Only up to `end`.
+      fold: where the output of a removed head goes.
+
+    Raises:
+      ValueError: if roles match nothing, both or neither of `sparsity` and `strengths`
+        are given, or a value is out of range.
+
+    Example:
+      >>> roles = jp.Roles(mlp_in="*/up/kernel", mlp_out="*/down/kernel")
+      >>> tx = jp.masked(optax.adamw(1e-4), jp.neuroprune(0.7, roles=roles, end=300))
+
+    References:
+      Dhurandhar et al., NeuroPrune: A Neuro-inspired Topological Sparse Training
+      Algorithm for Large Language Models, arXiv 2404.01306, Eq. (1), (2), Alg. 1-3.
+    """
+    _check_options(sparsity, strengths, attention, fold, theta, theta_rel, head_every)
+    final = exact(0 if sparsity is None else sparsity)
+    schedule = schedules.cubic(final, begin, end, every)
+    weigh = reading if callable(reading) else _reading(reading, eps)
+
+    def init(params: PyTree) -> MethodState:
+        leaves = _roles.leaves_by_path(params)
+        parts = _parts(roles, list(leaves))
+        everything = [p for part in parts for p in part]
+        factors = _factors(leaves, parts, roles, weigh, attention)
+        alive, identity = {}, {}
+        for layer in _layers_with_heads(roles, list(leaves)):
+            q, *_ = _roles.split_qkv([leaves[p] for p in layer.qkv], roles)
+            stack, heads = q.shape[0], q.shape[2]
+            alive[layer.name] = jnp.ones((stack, heads), bool)
+            identity[layer.name] = jnp.tile(jnp.eye(heads), (stack, 1, 1))
+            everything += [p for p in (*layer.qkv, layer.out) if p not in everything]
+        own = NeuroPruneState(
+            {p: jnp.zeros_like(c) for p, c in factors.items()},
+            alive, identity, jnp.bool_(False),
+        )  # fmt: skip
+        found = _map_with_path(
+            lambda p, x: jnp.ones_like(x, bool) if p in everything else None, params
+        )
+        return start(found, _map_with_path(
+            lambda p, x: x if p in everything else None, params), own)
+
+    def update(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
+        step = state.step
+        state = advance(grads, state, params)
+        state = state._replace(own=state.own._replace(folding=jnp.bool_(False)))
+        shrinks = schedule.due(step) & (step < end)
+        state = lax.cond(shrinks, lambda s: plan(s, step, params), lambda s: s, state)
+        if head_every is not None and state.own.alive:
+            due = ((step + 1) % head_every == 0) & (step <= end)
+            state = lax.cond(due, lambda s: drop_heads(s, params), lambda s: s, state)
+        return lax.cond(step == end, lambda s: draw(s, params), lambda s: s, state)
+
+    def plan(state: MethodState, step: Array, params: PyTree) -> MethodState:
+        """Sets the soft thresholds of the next `every` steps."""
+        leaves = _roles.leaves_by_path(params)
+        parts = _parts(roles, list(leaves))
+        factors = _factors(leaves, parts, roles, weigh, attention)
+        if strengths is not None:
+            taus = {p: jnp.float32(s) for part, s in zip(parts, strengths, strict=False)
+                    for p in part}  # fmt: skip
+        else:
+            ahead = schedule.fraction(jnp.minimum(step + every, end))
+            scores = {p: jnp.abs(leaves[p]) / c for p, c in factors.items()}
+            cuts = _cuts(scores, parts, ahead)
+            taus = {p: _select.threshold_value(cut) / every for p, cut in cuts.items()}
+        thresholds = {
+            p: (taus[p] * c).astype(c.dtype) for p, c in factors.items()
+        }
+        return state._replace(own=state.own._replace(thresholds=thresholds))
+
+    def drop_heads(state: MethodState, params: PyTree) -> MethodState:
+        """Algorithm 2: finds redundant heads, masks them, and sets the folds."""
+        leaves = _roles.leaves_by_path(params)
+        alive, folds = {}, {}
+        for layer in _layers_with_heads(roles, list(leaves)):
+            qkv = _roles.split_qkv([leaves[p] for p in layer.qkv], roles)
+            stays, folds[layer.name] = jax.vmap(_redundant, (0, 0, None, None))(
+                _by_head(qkv, roles), state.own.alive[layer.name], theta, theta_rel
+            )
+            alive[layer.name] = stays
+        own = state.own._replace(alive=alive, fold=folds, folding=jnp.bool_(True))
+        masked = _head_masks(leaves, alive, roles)
+        found = [
+            masks.as_bool(m) & masked.get(p, True)
+            for p, m in _roles.leaves_by_path(_bools(state.masks)).items()
+        ]
+        return replace_masks(state, found, params)._replace(own=own)
+
+    def draw(state: MethodState, params: PyTree) -> MethodState:
+        """The final mask: exact counts of the largest weights, or those above eps."""
+        leaves = _roles.leaves_by_path(params)
+        parts = _parts(roles, list(leaves))
+        masked = _head_masks(leaves, state.own.alive, roles)
+        scores = {p: jnp.abs(leaves[p]) for part in parts for p in part}
+        scores = {p: jnp.where(masked.get(p, True), x, -1) for p, x in scores.items()}
+        if strengths is not None:
+            kept = {p: x >= eps for p, x in scores.items()}
+        else:
+            cuts = _cuts(scores, parts, jnp.float32(1))
+            kept = {p: _select.keep(scores[p], cut) for p, cut in cuts.items()}
+        found = [
+            masks.as_bool(m) & masked.get(p, True) & kept.get(p, True)
+            for p, m in _roles.leaves_by_path(_bools(state.masks)).items()
+        ]
+        zeros = {p: jnp.zeros_like(t) for p, t in state.own.thresholds.items()}
+        return replace_masks(state, found, params)._replace(
+            own=state.own._replace(thresholds=zeros)
+        )
+
+    def _cuts(scores, parts, fraction):
+        if allocation == "uniform":
+            parts = [[p] for part in parts for p in part]
+        order = [p for part in parts for p in part]
+        sizes = [sum(scores[p].size for p in part) for part in parts]
+        kept = [
+            _wide.interpolate(n, n - round_half_up(final * n), fraction) for n in sizes
+        ]
+        groups = [i for i, part in enumerate(parts) for _ in part]
+        cuts = _select.cuts([_select.scored(_same, scores[p]) for p in order], kept, groups)
+        return dict(zip(order, cuts, strict=True))
+
+    def project(params: PyTree, state: MethodState) -> PyTree:
+        leaves = _roles.leaves_by_path(params)
+        own: NeuroPruneState = state.own
+        moved = {
+            p: penalties.soft_threshold(leaves[p], t) for p, t in own.thresholds.items()
+        }
+        if head_every is not None and own.alive:
+            current = leaves | moved
+            targets = {}
+            for layer in _layers_with_heads(roles, list(leaves)):
+                path = layer.out if fold == "out" else layer.mlp_in[0]
+                targets[path] = own.fold[layer.name]
+            folded = lax.cond(
+                own.folding,
+                lambda xs: {p: _fold(xs[p], targets[p], roles, fold) for p in xs},
+                lambda xs: xs,
+                {p: current[p] for p in targets},
+            )
+            moved |= folded
+        return _map_with_path(lambda p, x: moved.get(p, x), params)
+
+    return Method(init, update, mask_gradients, project, masks.apply)
+
+
+def round_half_up(x: Fraction) -> int:
+    """The nearest integer, halves upwards."""
+    return (2 * x.numerator + x.denominator) // (2 * x.denominator)
+
+
+def _same(x):
+    return x
+
+
+def _reading(reading: penalties.Reading, eps: float) -> DegreeWeights:
+    return lambda kernel: penalties.degree_weights(kernel, eps=eps, reading=reading)
+
+
+def _parts(roles: Roles, paths: list[str]) -> list[list[str]]:
+    """Paths under Eq. (1), and of Q, K, V."""
+    found = _roles.layers(roles, paths)
+    degree = _roles.degree_paths(roles, paths)
+    qkv = [p for layer in found for p in layer.qkv if p not in degree]
+    return [part for part in (degree, qkv) if part]
+
+
+def _layers_with_heads(roles: Roles, paths: list[str]) -> list[_roles.Layer]:
+    return [x for x in _roles.layers(roles, paths) if x.qkv and x.out]
+
+
+def _factors(leaves, parts, roles, weigh, attention) -> dict[str, Array]:
+    """The weight `c` of each soft threshold, shaped to broadcast to its leaf."""
+    out = {}
+    found = _roles.layers(roles, list(leaves))
+    qkv = {p for layer in found for p in layer.qkv}
+    for path in (p for part in parts for p in part if p not in qkv):
+        kernel = leaves[path]
+        matrix = _matrix(kernel, path, found, roles)  # [stack, fan_in, units]
+        floor = 0.5 / matrix.shape[-2]
+        c = jnp.maximum(weigh(matrix), floor)[..., None, :]
+        out[path] = _unmatrix(c, kernel, path, found, roles)
+    for layer in (x for x in found if x.qkv):
+        kernels = [leaves[p] for p in layer.qkv]
+        stacked = _is_stacked(kernels[0], layer, roles)
+        rows = [x.reshape(*x.shape[: 2 if stacked else 1], -1) for x in kernels]
+        ones = jnp.ones(rows[0].shape[:-1], jnp.float32)
+        c = ones if attention == "l1" else penalties.sqrt_l1_slope(rows)
+        for path, kernel in zip(layer.qkv, kernels, strict=True):
+            out[path] = c.reshape(*c.shape, *(1,) * (kernel.ndim - c.ndim))
+    return out
+
+
+def _is_stacked(kernel, layer: _roles.Layer, roles: Roles) -> bool:
+    plain = 2
+    if _roles.has_head_axis(kernel, roles.heads or 0):
+        plain = 3 if len(layer.qkv) == 3 else 4
+    return kernel.ndim > plain
+
+
+def _matrix(kernel, path, found, roles):
+    """A kernel under Eq. (1) as `[..., fan_in, units]`; W_O may have a head axis."""
+    layer = next((x for x in found if x.out == path), None)
+    if layer is None or not layer.qkv or kernel.ndim < 3:
+        return kernel
+    if _explicit_out(kernel, roles):
+        return kernel.reshape(*kernel.shape[:-3], -1, kernel.shape[-1])
+    return kernel
+
+
+def _unmatrix(c, kernel, path, found, roles):
+    layer = next((x for x in found if x.out == path), None)
+    if layer is not None and layer.qkv and kernel.ndim >= 3 and _explicit_out(kernel, roles):
+        return c[..., None, :]  # [..., 1, 1, units]
+    return c
+
+
+def _explicit_out(kernel, roles: Roles) -> bool:
+    """Whether W_O is `[..., heads, head_dim, d]`: its heads' sizes then make up the rest."""
+    return kernel.ndim >= 3 and kernel.shape[-3] == roles.heads and (
+        kernel.shape[-2] % (roles.heads or 1) != 0 or kernel.ndim == 4
+        or kernel.shape[-2] < kernel.shape[-1]
+    )
+
+
+def _by_head(qkv, roles: Roles):
+    """Q, K, V as `[stack, heads, d, head_dim]`, K and V repeated for grouped queries."""
+    repeat = (roles.heads or 0) // roles.groups
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in qkv)
+    return q, jnp.repeat(k, repeat, axis=1), jnp.repeat(v, repeat, axis=1)
+
+
+def _redundant(qkv, alive, theta, theta_rel):
+    """Heads that stay, and the matrix that folds the others into them; one layer."""
+    distance = _heads.head_distance(qkv)
+    if theta_rel is not None:
+        theta = theta_rel * jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in qkv]))
+    similar = (distance <= theta) & alive[:, None] & alive[None, :]
+    dominating = _heads.find_dominating(similar)
+    # The rows of heads removed earlier are zero, so that folding them again is harmless.
+    return alive & _heads.kept_heads(dominating), _heads.merge_matrix(dominating)
+
+
+def _head_masks(leaves, alive, roles: Roles) -> dict[str, Bool[Array, "..."]]:
+    """Masks of Q, K, V and W_O that remove the heads that are no longer alive."""
+    out = {}
+    for layer in _layers_with_heads(roles, list(leaves)):
+        kernels = [leaves[p] for p in layer.qkv]
+        stays = alive[layer.name]  # [stack, heads]
+        group_stays = stays.reshape(stays.shape[0], roles.groups, -1).any(-1)
+        parts = _roles.split_qkv([jnp.ones(x.shape, bool) for x in kernels], roles)
+        q, k, v = (
+            x & s[:, None, :, None]
+            for x, s in zip(parts, (stays, group_stays, group_stays), strict=True)
+        )
+        joined = _roles.join_qkv((q, k, v), kernels, roles)
+        out |= dict(zip(layer.qkv, joined, strict=True))
+        kernel = leaves[layer.out]
+        explicit = _roles.has_head_axis(kernels[0], roles.heads or 0)
+        view = _roles.split_out(jnp.ones(kernel.shape, bool), roles.heads, explicit=explicit)
+        out[layer.out] = (view & stays[:, :, None, None]).reshape(kernel.shape)
+    return out
+
+
+def _fold(kernel, matrices, roles: Roles, fold: str):
+    """Applies `[stack, heads, heads]` folds to W_O, or to the rows of L_in."""
+    heads = roles.heads or 0
+    view = kernel.reshape(matrices.shape[0], heads, -1, kernel.shape[-1])
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    out = jnp.einsum(
+        "sji,sidn->sjdn", matrices.astype(wide), view.astype(wide),
+        precision=lax.Precision.HIGHEST,
+    )  # fmt: skip
+    return out.astype(kernel.dtype).reshape(kernel.shape)
+
+
+def _bools(packed: PyTree) -> PyTree:
+    return masks.unpack(packed)
+
+
+def _map_with_path(f, tree: PyTree) -> PyTree:
+    paths, leaves, treedef = _tree.flatten(tree)
+    return treedef.unflatten(
+        [x if _tree.is_hole(x) else f(p, x) for p, x in zip(paths, leaves, strict=True)]
+    )
+
+
+def _check_options(sparsity, strengths, attention, fold, theta, theta_rel, head_every):
+    if (sparsity is None) == (strengths is None):
+        raise ValueError(
+            f"sparsity: got {sparsity} with strengths={strengths}; expected one of the two: "
+            "a target such as 0.7, or soft thresholds a step for Eq. (1) and Eq. (2)."
+        )
+    for name, value, allowed in (
+        ("attention", attention, ("sqrt_l1", "l1")), ("fold", fold, ("out", "mlp")),
+    ):  # fmt: skip
+        if value not in allowed:
+            raise ValueError(f"{name}: got {value!r}; expected one of {allowed}.")
+    if head_every is not None and head_every < 1:
+        raise ValueError(f"head_every: got {head_every}; expected at least 1 step, or None.")
+    if theta_rel is not None and theta_rel < 0 or theta is not None and theta < 0:
+        raise ValueError(
+            f"theta, theta_rel: got {theta}, {theta_rel}; expected a distance of at least 0."
+        )
+    if theta is None and theta_rel is None and head_every is not None:
+        raise ValueError("theta: got None with head_every; expected theta or theta_rel.")
