@@ -118,7 +118,7 @@ def select(tree: PyTree, where: Where) -> PyTree:
 def align(tree: PyTree, like: PyTree, is_leaf: Callable[[Any], bool]) -> PyTree:
     """Gives `tree` the containers of `like` if the paths of their leaves are the same.
 
-    NNX wraps leaves in variables or not, and wraps them anew in its optimizer.
+    So a tree with NNX variables fits one without.
     """
     paths, _, treedef = flatten(like)
     keyed, _ = jax.tree_util.tree_flatten_with_path(
@@ -127,6 +127,12 @@ def align(tree: PyTree, like: PyTree, is_leaf: Callable[[Any], bool]) -> PyTree:
     if [path_string(p) for p, _ in keyed] != paths:
         return tree
     return treedef.unflatten([x for _, x in keyed])
+
+
+def bare(tree: PyTree) -> PyTree:
+    """Takes NNX variables off what they hold."""
+    nnx = sys.modules.get("flax.nnx")  # no NNX tree can exist before it is imported
+    return tree if nnx is None else nnx.as_pure(tree)
 
 
 def lookup(path: str, table: Mapping[str, T]) -> T | None:
@@ -183,7 +189,7 @@ def _by_patterns(
 
 def _trainable(tree: PyTree) -> list[bool]:
     """False for leaves inside an NNX variable that is no `Param` (statistics, keys)."""
-    nnx = sys.modules.get("flax.nnx")  # no NNX tree can exist before it is imported
+    nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return [True] * len(jax.tree.leaves(tree, is_leaf=is_hole))
 

@@ -86,7 +86,9 @@ def masked(
             chosen = _tree.select(params, where)
         else:
             chosen = _only_masked(params, masks.check(params, fixed))
-        state = method.init(chosen)
+        # `nnx.Optimizer` wraps every leaf of a state anew, and takes it that the leaves
+        # under a variable are arrays; packed masks are not.
+        state = method.init(_tree.bare(chosen))
         # Copies that the optimizer takes of the weights must obey the mask from the start.
         return MaskedState(inner.init(masks.apply(params, state.masks)), state, method.view)
 
@@ -128,12 +130,10 @@ def get_masks(opt_state: PyTree) -> PyTree:
       ValueError: if there is no such state.
     """
     found = [masks.unpack(s.method.masks) for s in _states(opt_state)]
-    joined = found[0]
-    for other in found[1:]:
-        joined = jax.tree.map(
-            lambda a, b: b if _tree.is_hole(a) else a, joined, other, is_leaf=_tree.is_hole
-        )
-    return joined
+    return jax.tree.map(
+        lambda *ms: next((m for m in ms if not _tree.is_hole(m)), None),
+        *found, is_leaf=_tree.is_hole,
+    )  # fmt: skip
 
 
 def get_info(opt_state: PyTree) -> dict[str, Any]:
@@ -184,9 +184,9 @@ def sparse_params(params: PyTree, opt_state: PyTree) -> PyTree:
       ValueError: if there is no state of `masked` in `opt_state`.
     """
     for state in _states(opt_state):
-        found = masks.check(params, state.method.masks)
-        chosen = _only_masked(params, found)
-        params = _merge(params, state.view(chosen, found))
+        masks.check(params, state.method.masks)
+        chosen = _only_masked(params, state.method.masks)
+        params = _merge(params, state.view(chosen, state.method.masks))
     return params
 
 
@@ -217,9 +217,9 @@ def _emit(updates: PyTree, params: PyTree, method: Method, state: MethodState) -
     if method.project is None:
         return _map_masks(plain, state.masks, updates, params)
 
-    moved = _map_masks(
-        lambda m, p, u: None if m is None else (p + u).astype(p.dtype),
-        state.masks, params, updates,
+    moved = jax.tree.map(
+        lambda p, u: (p + u).astype(p.dtype),
+        _only_masked(params, state.masks), _only_masked(updates, state.masks),
     )  # fmt: skip
     target = method.project(moved, state)
 
@@ -241,7 +241,7 @@ def _reset(state: PyTree, init, params: PyTree, old: PyTree, new: PyTree) -> PyT
     """
     fresh = init(masks.apply(params, new))
     flips = {
-        tuple(map(str, path)): masks.as_bool(a) ^ masks.as_bool(b)
+        _names(path): masks.as_bool(a) ^ masks.as_bool(b)
         for (path, a), (_, b) in zip(
             jax.tree_util.tree_leaves_with_path(old, is_leaf=_is_packed),
             jax.tree_util.tree_leaves_with_path(new, is_leaf=_is_packed),
@@ -250,7 +250,7 @@ def _reset(state: PyTree, init, params: PyTree, old: PyTree, new: PyTree) -> PyT
     }
 
     def renew(path, x, x0):
-        names = tuple(map(str, path))
+        names = _names(path)
         for first in range(len(names) + 1):  # the longest suffix that is a weight's path
             flip = flips.get(names[first:])
             if flip is not None:
@@ -265,7 +265,7 @@ def _reset(state: PyTree, init, params: PyTree, old: PyTree, new: PyTree) -> PyT
 def _map_masks(f, found: PyTree, tree: PyTree, *rest: PyTree) -> PyTree:
     """Maps `f(mask, x, ...)` over the leaves of `tree`; holes of `tree` stay."""
     _, leaves, treedef = _tree.flatten(tree)
-    columns = [treedef.flatten_up_to(t) for t in (found, *rest)]
+    columns = map(_leaves, (found, *rest))
     return treedef.unflatten(
         [
             x if _tree.is_hole(x) else f(None if _tree.is_hole(m) else m, x, *xs)
@@ -275,16 +275,29 @@ def _map_masks(f, found: PyTree, tree: PyTree, *rest: PyTree) -> PyTree:
 
 
 def _only_masked(tree: PyTree, found: PyTree) -> PyTree:
-    return _map_masks(lambda m, x: None if m is None else x, found, tree)
+    """The leaves of `tree` that have a mask, in the containers of `found`."""
+    holed, treedef = jax.tree.flatten(found, is_leaf=_is_leaf)
+    return treedef.unflatten(
+        [m if _tree.is_hole(m) else x for m, x in zip(holed, _leaves(tree), strict=True)]
+    )
 
 
 def _merge(tree: PyTree, chosen: PyTree) -> PyTree:
     """`tree` with the leaves of `chosen` that are no holes in place of its own."""
     _, leaves, treedef = _tree.flatten(tree)
-    new = treedef.flatten_up_to(chosen)
     return treedef.unflatten(
-        [x if _tree.is_hole(y) else y for x, y in zip(leaves, new, strict=True)]
+        [x if _tree.is_hole(y) else y for x, y in zip(leaves, _leaves(chosen), strict=True)]
     )
+
+
+def _leaves(tree: PyTree) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=_is_leaf)
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    """A key path without the last step into an NNX variable."""
+    names = tuple(map(str, path))
+    return names[:-1] if names[-1:] == (".value",) else names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,10 +308,7 @@ class _Shape:
 
 
 def _states(opt_state: PyTree) -> list[MaskedState]:
-    found = [
-        x for x in jax.tree.leaves(_without_variables(opt_state), is_leaf=_is_state)
-        if _is_state(x)
-    ]  # fmt: skip
+    found = [s for s in jax.tree.leaves(_tree.bare(opt_state), is_leaf=_is_state) if _is_state(s)]
     if not found:
         raise ValueError(
             "opt_state: holds no state of jaxprune.masked. Pass what tx.init or tx.update "
@@ -307,22 +317,13 @@ def _states(opt_state: PyTree) -> list[MaskedState]:
     return found
 
 
-def _without_variables(tree: PyTree) -> PyTree:
-    """Takes off the variables that `nnx.Optimizer` wraps its state in."""
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is None:
-        return tree
-    if isinstance(tree, nnx.Optimizer):
-        tree = tree.opt_state
-    return jax.tree.map(
-        lambda x: x.get_value() if isinstance(x, nnx.OptState) else x, tree,
-        is_leaf=lambda x: isinstance(x, nnx.OptState),
-    )  # fmt: skip
-
-
 def _is_state(x: Any) -> bool:
     return isinstance(x, MaskedState)
 
 
 def _is_packed(x: Any) -> bool:
     return isinstance(x, masks.PackedMask)
+
+
+def _is_leaf(x: Any) -> bool:
+    return _tree.is_hole(x) or _is_packed(x)

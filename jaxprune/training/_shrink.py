@@ -175,15 +175,15 @@ def _shrink_mlp(leaves: dict[str, Any], layer, activation, notes: list[str]):
             moved = jnp.einsum("sn,snd->sd", constants, out, precision="highest")
             bias = leaves[bias_path]
             leaves[bias_path] = (bias + moved.reshape(bias.shape)).astype(bias.dtype)
-            dead |= deaf[0]
+            dead = dead | deaf[0]
         else:
             nothing = np.asarray(constants == 0)
             if (deaf[0] & ~nothing).any():
                 notes.append("neurons with constant output stay: no bias to hold it")
-            dead |= deaf[0] & nothing
+            dead = dead | (deaf[0] & nothing)
     elif zero_at_zero:
         for x, b in zip(deaf, biases, strict=True):
-            dead |= x & np.asarray(b == 0)
+            dead = dead | (x & np.asarray(b == 0))
     out = out * jnp.asarray(~dead, out.dtype)[..., None]  # padding must stay silent
     kept = _padded(~dead)
 
