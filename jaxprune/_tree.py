@@ -118,15 +118,29 @@ def select(tree: PyTree, where: Where) -> PyTree:
 def align(tree: PyTree, like: PyTree, is_leaf: Callable[[Any], bool]) -> PyTree:
     """Gives `tree` the containers of `like` if the paths of their leaves are the same.
 
-    So a tree with NNX variables fits one without.
+    So a tree with NNX variables fits one without, and a hole fits a whole subtree, such
+    as `optax.partition` cuts out. A tree that does not fit is returned as it is.
     """
-    paths, _, treedef = flatten(like)
+    paths, leaves, treedef = flatten(like)
     keyed, _ = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda x: is_hole(x) or is_leaf(x)
     )
-    if [path_string(p) for p, _ in keyed] != paths:
-        return tree
-    return treedef.unflatten([x for _, x in keyed])
+    found = {path_string(p): x for p, x in keyed}
+    if list(found) == paths:
+        return treedef.unflatten(found.values())
+    new, used = [], set()
+    for path, x in zip(paths, leaves, strict=True):
+        met = {
+            p for p, y in found.items()
+            if p == path
+            or (is_hole(x) and p.startswith(path + "/"))
+            or (is_hole(y) and path.startswith(p + "/"))
+        }  # fmt: skip
+        if not met and not is_hole(x):
+            return tree
+        used |= met
+        new.append(x if is_hole(x) else found.get(path))
+    return tree if len(used) < len(keyed) else treedef.unflatten(new)
 
 
 def bare(tree: PyTree) -> PyTree:

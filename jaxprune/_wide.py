@@ -89,19 +89,20 @@ def total(counts: UInt32[Array, "..."], bound: int) -> Wide:
     """Sums all of `counts` exactly.
 
     Args:
-      counts: any shape; each axis shorter than 2**20.
+      counts: any shape; the largest count times the longest axis is below 2**32, and
+        the other axes are shorter than 2**20.
       bound: a number that the sum cannot exceed (below 2**44); below 2**32 one plain
         sum is enough.
     """
     if bound < _WORD:
         return Wide(jnp.uint32(0), jnp.sum(counts, dtype=jnp.uint32))
-    low = counts & ((1 << _SPLIT) - 1)
-    high = counts >> _SPLIT
-    for _ in range(counts.ndim):  # low < 2**12 and an axis < 2**20: no word overflows
-        low, high = jnp.sum(low, 0, dtype=jnp.uint32), jnp.sum(high, 0, dtype=jnp.uint32)
-        low, high = low & ((1 << _SPLIT) - 1), high + (low >> _SPLIT)
-    shifted = Wide(high >> (32 - _SPLIT), high << _SPLIT)
-    return add(shifted, Wide(jnp.zeros_like(low), low))
+    low_bits = (1 << _SPLIT) - 1
+    low, high = counts & low_bits, counts >> _SPLIT
+    while low.ndim:  # from the second axis on, low < 2**12 and an axis < 2**20
+        axis = max(range(low.ndim), key=lambda a: low.shape[a])
+        low, high = (jnp.sum(x, axis, dtype=jnp.uint32) for x in (low, high))
+        low, high = low & low_bits, high + (low >> _SPLIT)
+    return add(Wide(high >> (32 - _SPLIT), high << _SPLIT), Wide(jnp.uint32(0), low))
 
 
 def interpolate(start: int, end: int, fraction: Float[Array, ""]) -> Wide:

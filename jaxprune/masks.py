@@ -1,8 +1,8 @@
 """Mask pytrees: apply, count, pack to bits, compare, summarise, read off a checkpoint.
 
 A mask tree has the structure of the parameters. A leaf is a boolean array of the leaf's
-shape, True = keep, or `None` for a leaf that is never pruned; every function here takes
-packed leaves as well.
+shape, True = keep, or `None` for a leaf, or a whole subtree, that is never pruned; every
+function here takes packed leaves as well.
 """
 
 import dataclasses

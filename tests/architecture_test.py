@@ -25,7 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "allocation": _FLOOR | {"masks", "structures", "scores"},
     "schedules": _FLOOR | {"masks", "structures", "scores"},
     "penalties": {"_tree", "structures"},
-    "training": _BASE | {"penalties"},
+    "_prune": _BASE,
+    "training": _BASE | {"_prune", "penalties"},
     "tracing": {"_tree"},
     "calibration": {"_tree", "tracing"},
     "posttrain": _MEASURES,
@@ -33,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "formats": {"masks", "structures"},
     "kernels": {"formats"},
     "acceleration": {"tracing", "formats", "kernels"},
-    "checkpoint": {"formats", "masks"},
+    "checkpoint": {"_tree", "formats", "masks"},
     "analysis": _MEASURES,
 }
 

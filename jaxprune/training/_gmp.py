@@ -1,8 +1,10 @@
 """Gradual magnitude pruning, and masks that are chosen once (arXiv 1710.01878)."""
 
+from collections.abc import Mapping
 from fractions import Fraction
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxprune import _prune, _wide, masks, scores
@@ -119,13 +121,20 @@ def gmp(
     exact(schedule.final, "sparsity")
     exact(schedule.initial, "initial")
 
-    def plan_at(params: PyTree, sparsity: float) -> _prune.Plan:
-        return _prune.plan(
-            params, sparsity=sparsity, structure=structure, allocation=allocation
+    def plans(params: PyTree) -> tuple[_prune.Plan, _prune.Plan]:
+        # A mapping says what its leaves end with, not what they begin with.
+        first = "uniform" if isinstance(allocation, Mapping) else allocation
+        return (
+            _prune.plan(
+                params, sparsity=schedule.initial, structure=structure, allocation=first
+            ),
+            _prune.plan(
+                params, sparsity=schedule.final, structure=structure, allocation=allocation
+            ),
         )
 
     def decide(params: PyTree, fraction) -> list:
-        first, last = (plan_at(params, s) for s in (schedule.initial, schedule.final))
+        first, last = plans(params)
         kept = [
             _wide.interpolate(a, b, fraction)
             for a, b in zip(first.kept, last.kept, strict=True)
@@ -133,7 +142,9 @@ def gmp(
         return _prune.decide(last, kept, score, [(x,) for x in arrays(params)])
 
     def init(params: PyTree) -> MethodState:
-        plan_at(params, schedule.final)  # a leaf that does not fit is refused here
+        plans(params)  # a leaf that does not fit is refused here
+        if schedule.initial == 0:
+            return start(jax.tree.map(lambda x: jnp.ones_like(x, bool), params), params)
         found = iter(decide(params, schedule.fraction(-1)))
         return start(jax.tree.map(lambda _: next(found), params), params)
 

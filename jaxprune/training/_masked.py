@@ -1,6 +1,7 @@
 """`masked`: any optax optimizer, any sparse training method, and exact zeros."""
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -78,7 +79,7 @@ def masked(
                 "where: fixed masks already say which leaves are pruned (None = never). "
                 "Leave where= out, or pass a method instead of masks."
             )
-        fixed = masks.pack(method_or_masks)
+        fixed = method_or_masks
         method = _frozen(fixed)
 
     def init(params: PyTree) -> MaskedState:
@@ -131,8 +132,8 @@ def get_masks(opt_state: PyTree) -> PyTree:
     """
     found = [masks.unpack(s.method.masks) for s in _states(opt_state)]
     return jax.tree.map(
-        lambda *ms: next((m for m in ms if not _tree.is_hole(m)), None),
-        *found, is_leaf=_tree.is_hole,
+        lambda m: None if _tree.is_hole(m) else m,
+        functools.reduce(_join, found), is_leaf=_tree.is_hole,
     )  # fmt: skip
 
 
@@ -184,10 +185,19 @@ def sparse_params(params: PyTree, opt_state: PyTree) -> PyTree:
       ValueError: if there is no state of `masked` in `opt_state`.
     """
     for state in _states(opt_state):
-        masks.check(params, state.method.masks)
-        chosen = _only_masked(params, state.method.masks)
-        params = _merge(params, state.view(chosen, state.method.masks))
+        found = masks.check(params, state.method.masks)
+        params = _merge(params, state.view(_only_masked(params, found), found))
     return params
+
+
+def _join(a: PyTree, b: PyTree) -> PyTree:
+    """One tree of two of which each may have a hole where the other has a subtree."""
+    if _tree.is_hole(a) or _tree.is_hole(b):
+        return b if _tree.is_hole(a) else a
+    children, treedef = jax.tree.flatten(a, is_leaf=lambda x: x is not a)
+    if jax.tree_util.treedef_is_leaf(treedef):
+        return a
+    return treedef.unflatten(map(_join, children, treedef.flatten_up_to(b)))
 
 
 def _frozen(found: PyTree) -> Method:
