@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, UInt, UInt32
 
 from jaxprune import _wide
 from jaxprune._wide import Wide
@@ -23,11 +24,10 @@ _SAMPLE = 1 << 15  # a leaf is thinned out by eights down to this size
 
 
 class Scored(NamedTuple):
-    """The scores of one leaf, as a recipe: computed anew in every pass, never stored."""
+    """The scores of a leaf, as a recipe: computed anew in every pass, never stored."""
 
-    score: Callable[..., Array]
+    score: Callable[..., Array]  # elementwise, of the operands
     operands: tuple[Array, ...]
-    axes: tuple[int, ...]  # axes of operands and scores alike along which both may be cut
 
 
 class Cut(NamedTuple):
@@ -39,13 +39,18 @@ class Cut(NamedTuple):
     """
 
     threshold: UInt[Array, ""]  # ordered bits of a score
-    row: Int[Array, ""]
-    column: Int[Array, ""]
+    row: UInt32[Array, ""]
+    column: UInt32[Array, ""]
 
 
 def scored(score: Callable[..., Array], *operands: Array) -> Scored:
     """A recipe for an elementwise score."""
-    return Scored(score, operands, tuple(range(operands[0].ndim)))
+    return Scored(score, operands)
+
+
+def stored(scores: Array) -> Scored:
+    """A recipe for scores that are there already."""
+    return Scored(lambda x: x, (scores,))
 
 
 def cuts(
@@ -61,69 +66,71 @@ def cuts(
     """
     shapes = [jax.eval_shape(leaf.score, *leaf.operands) for leaf in leaves]
     dtype = _compare_dtype([s.dtype for s in shapes])
-    totals = [
-        sum(math.prod(s.shape) for s, g in zip(shapes, groups, strict=True) if g == i)
-        for i in range(len(kept))
-    ]
+    sizes = [math.prod(s.shape) for s in shapes]
+    group = np.asarray(groups)
+    members = group == np.arange(len(kept))[:, None]  # [groups, leaves]
     targets = _wide.stack(list(kept))
-    whole = _wide.stack([_wide.from_int(n) for n in totals])
 
     def at(token: Array) -> list[Scored]:
         # Tied to the loop: were the scores hoisted out of it, they would be stored.
         operands, _ = lax.optimization_barrier(([x.operands for x in leaves], token))
         return [
-            Scored(lambda *a, f=x.score: f(*a).astype(dtype), tuple(o), x.axes)
+            Scored(lambda *a, f=x.score: f(*a).astype(dtype), tuple(o))
             for x, o in zip(leaves, operands, strict=True)
         ]
 
     def count(thresholds: Array) -> Wide:
-        return _count(at(thresholds), thresholds, groups)
+        return _count_from(at(thresholds), _unordered(thresholds, dtype)[group])
 
-    bottom, top = _bounds(dtype)
-    low, high = jnp.full(len(kept), bottom), jnp.full(len(kept), top)
-    bracket = _bracket(at, shapes, groups, targets, whole, low, high)
-    low, at_low = _search(count, targets, low, high, whole, bracket)
+    bottom, top = (jnp.full(len(kept), bits) for bits in _bounds(dtype))
+    everything, nothing = _wide.from_ints(sizes), _wide.from_ints([0] * len(sizes))
+    start = _Range(bottom, top, everything, nothing)
+    probes = _bracket(at, dtype, sizes, group, members, targets, start)
+    found = _search(count, targets, members, start, probes)
 
-    everything = [_rows_columns(s.shape) for s in shapes]
+    ends = np.asarray([_rows_columns(s.shape) for s in shapes], np.uint32).T
+    excess = _wide.subtract(_wide.sums(members, found.at_low), targets)
     ends = lax.cond(
-        jnp.all(_wide.equal(at_low, targets)),
-        lambda: [(jnp.int32(r), jnp.int32(c)) for r, c in everything],
-        lambda: _tie_ends(at, everything, groups, low, _wide.subtract(at_low, targets)),
+        jnp.any((excess.hi | excess.lo) != 0),
+        lambda: _tie_ends(at, ends, group, found, excess),
+        lambda: jnp.asarray(ends),
     )
-    return [Cut(low[g], *end) for g, end in zip(groups, ends, strict=True)]
+    return [Cut(found.low[g], *ends[:, i]) for i, g in enumerate(groups)]
 
 
 def keep(scores: Array, cut: Cut) -> Bool[Array, "..."]:
     """The mask of one leaf: True for the elements that `cut` keeps."""
-    scores = scores.astype(_compare_dtype([scores.dtype], like=cut.threshold))
-    row, column = _positions(scores.shape)
-    before = (row < cut.row) | ((row == cut.row) & (column < cut.column))
-    return _above(scores, cut.threshold) | (_ties(scores, cut.threshold) & before)
+    scores = scores.astype(_dtype_of(cut.threshold, scores.dtype))
+    above, ties = _above_and_ties(scores, cut.threshold)
+    return above | (ties & _before(*_positions(scores.shape), cut.row, cut.column))
 
 
 def threshold_value(cut: Cut) -> Float[Array, ""]:
-    """The smallest score that is kept, float32; 0 where everything is."""
-    width = jnp.iinfo(cut.threshold.dtype).bits
-    dtype = jnp.float32 if width == 32 else jnp.bfloat16 if width == 16 else jnp.float64
+    """A number that divides the scores kept from the others, float32.
+
+    It is the smallest score kept where ties had to be cut, and lies between that and the
+    largest other score elsewhere; 0 where everything is kept, or nothing.
+    """
+    dtype = _dtype_of(cut.threshold, jnp.bfloat16)
     value = _unordered(cut.threshold, dtype).astype(jnp.float32)
     return jnp.where(jnp.isfinite(value), value, 0)
 
 
 def count(x: Array, test: Callable[[Array], Array]) -> Wide:
     """How many elements of `x` meet an elementwise test."""
-    return _count_three(scored(lambda x: x, x), lambda x, _: [test(x)])[0]
+    counts = _count_leaf(stored(x), lambda x, _: [test(x)])
+    return Wide(counts.hi[0], counts.lo[0])
 
 
-def fold_axis(x: Array, axes: Sequence[int] | None = None) -> int | None:
+def fold_axis(x: Array) -> int | None:
     """An axis that splits into groups of eight inside every shard, or `None`.
 
-    Where the sharding is not in the type (auto meshes), an axis that keeps at least eight
-    groups is taken, so that usual shard boundaries fall between them. The last axis comes
-    last, because the code then vectorises along it.
+    Where the sharding is not in the type (auto meshes), an axis that keeps at least
+    eight groups is taken, so that usual shard boundaries fall between them. The last
+    axis comes last, because the code then vectorises along it.
     """
     shards = shard_counts(x)
-    axes = range(x.ndim) if axes is None else axes
-    for axis in sorted(axes, key=lambda a: (a == x.ndim - 1, -x.shape[a])):
+    for axis in sorted(range(x.ndim), key=lambda a: (a == x.ndim - 1, -x.shape[a])):
         if x.shape[axis] % 64 == 0 and (x.shape[axis] // 8) % shards[axis] == 0:
             return axis
     return None
@@ -148,69 +155,99 @@ def split_axis(x: Array, axis: int, ways: int = 8) -> Array:
     return x.reshape(*x.shape[:axis], length, ways, *x.shape[axis + 1 :])
 
 
-def _search(count, targets, low, high, at_low, probes=None):
-    """For each group the largest threshold in [low, high] whose count reaches its target.
+class _Range(NamedTuple):
+    """Where a search stands: `count(low) >= target > count(end)` in every group."""
 
-    `count` maps thresholds `[groups, 3]` to counts of the same shape, falling as the
-    threshold rises. Invariant: count(low) = at_low >= target > count(high + 1). It may
-    stop at a smaller threshold once the count there is the target itself.
+    low: Array  # [groups]
+    end: Array  # [groups]
+    at_low: Wide  # [leaves]
+    at_end: Wide  # [leaves]
+
+
+def _search(
+    count: Callable[[Array], Wide],
+    targets: Wide,
+    members: np.ndarray,
+    start: _Range,
+    probes: Array | None = None,
+) -> _Range:
+    """Narrows the range of each group to one threshold, or to the exact count.
+
+    Args:
+      count: maps thresholds `[groups, 3]` to counts `[leaves, 3]`, which fall as the
+        threshold rises.
+      targets: wanted count of each group. Where it is 0, `end` is the answer.
+      members: which leaves are in a group, `[groups, leaves]`.
+      start: the range to search.
+      probes: the thresholds to try first.
     """
+    group = np.argmax(members, axis=0)
 
-    def narrow(state, thresholds):
-        low, high, at_low = new_low, new_high, new_at = state
-        counts = count(thresholds)
+    def quarters(at: _Range) -> Array:
+        width = at.end - at.low
+        quarter, rest = width >> 2, width & 3
+        return jnp.stack(
+            [at.low + i * quarter + ((i * rest) >> 2) for i in (1, 2, 3)], axis=-1
+        )
+
+    def narrow(state):
+        at, probes = state
+        counts = count(probes)
+        enough = ~_wide.less(
+            _wide.sums(members, counts), jax.tree.map(lambda x: x[:, None], targets)
+        )
         for i in range(3):
-            t, n = thresholds[:, i], Wide(counts.hi[:, i], counts.lo[:, i])
-            inside, enough = (t > low) & (t <= high), ~_wide.less(n, targets)
-            raised = inside & enough & (t > new_low)
-            new_low, new_at = jnp.where(raised, t, new_low), _wide.where(raised, n, new_at)
-            lowered = inside & ~enough & (t <= new_high)
-            new_high = jnp.where(lowered, t - 1, new_high)
-        return new_low, new_high, new_at
-
-    def quarters(state):
-        low, high, _ = state
-        width = high - low
-        step = (width >> 2) + ((width & 3) > 0)
-        return jnp.stack([low + jnp.minimum(i * step, width) for i in (1, 2, 3)], axis=-1)
+            probe = probes[:, i]
+            counts_at = jax.tree.map(lambda x, i=i: x[:, i], counts)
+            inside = (probe > at.low) & (probe < at.end)
+            raised, lowered = inside & enough[:, i], inside & ~enough[:, i]
+            at = _Range(
+                jnp.where(raised, probe, at.low),
+                jnp.where(lowered, probe, at.end),
+                _wide.where(raised[group], counts_at, at.at_low),
+                _wide.where(lowered[group], counts_at, at.at_end),
+            )
+        return at, quarters(at)
 
     def unfinished(state):
-        low, high, at_low = state
-        return jnp.any((low < high) & ~_wide.equal(at_low, targets))
+        at, _ = state
+        exact = _wide.equal(_wide.sums(members, at.at_low), targets)
+        return jnp.any((at.end - at.low > 1) & ~exact)
 
-    state = (low, high, at_low)
-    if probes is not None:
-        state = narrow(state, probes)
-    low, _, at_low = lax.while_loop(unfinished, lambda s: narrow(s, quarters(s)), state)
-    return low, at_low
+    none = (targets.hi | targets.lo) == 0
+    start = start._replace(
+        low=jnp.where(none, start.end, start.low),
+        at_low=_wide.where(none[group], start.at_end, start.at_low),
+    )
+    probes = quarters(start) if probes is None else probes
+    return lax.while_loop(unfinished, narrow, (start, probes))[0]
 
 
-def _bracket(at, shapes, groups, targets, whole, low, high):
-    """Three probes around the wanted threshold, from a sample; `None` for small leaves."""
-    strides = [_sample(x)[1] for x in at(low)]
-    if max(strides) == 1:
+def _bracket(at, dtype, sizes, group, members, targets, start) -> Array | None:
+    """Probes around the wanted thresholds, from a sample; `None` for small leaves."""
+    strides = np.asarray([_sample(x)[1] for x in at(start.low)])
+    if strides.max() == 1:
         return None
     # Four standard errors of the count that a 1-in-stride sample estimates.
-    variances = [0.0] * len(low)
-    for shape, stride, group in zip(shapes, strides, groups, strict=True):
-        variances[group] += math.prod(shape.shape) * stride / 4
-    margin = _wide.stack([_wide.from_int(int(4 * math.sqrt(v))) for v in variances])
-    wanted = _wide.concatenate(  # the lower threshold of the bracket, then the upper
-        _wide.minimum(_wide.add(targets, margin), whole),
-        _wide.saturating_subtract(targets, margin),
+    variances = members @ (np.asarray(sizes, float) * strides / 4)
+    margin = _wide.from_ints([int(4 * math.sqrt(v)) for v in variances])
+    wanted = _wide.stack(
+        [
+            _wide.minimum(
+                _wide.add(targets, margin), _wide.sums(members, start.at_low)
+            ),
+            _wide.saturating_subtract(targets, margin),
+        ]
     )
+    shifts = np.log2(strides).astype(np.uint32)[:, None]
 
     def count(thresholds):
         samples = [_sample(x)[0] for x in at(thresholds)]
-        groups_twice = [*groups, *(g + len(low) for g in groups)]
-        return _count(samples * 2, thresholds, groups_twice, strides * 2)
+        counts = _count_from(samples, _unordered(thresholds, dtype)[group])
+        return _wide.shift_left(counts, shifts)
 
-    found, _ = _search(
-        count, wanted, jnp.concatenate([low, low]), jnp.concatenate([high, high]),
-        _wide.concatenate(whole, whole),
-    )  # fmt: skip
-    lower, upper = found[: len(low)], found[len(low) :]
-    upper = upper + (upper < high)
+    lower, upper = lax.map(lambda w: _search(count, w, members, start).low, wanted)
+    upper = upper + (upper < start.end)
     return jnp.stack([lower, lower + ((upper - lower) >> 1), upper], axis=-1)
 
 
@@ -218,45 +255,88 @@ def _sample(leaf: Scored) -> tuple[Scored, int]:
     """Evenly spaced rows of a large leaf, local to each shard, and one in how many."""
     stride = 1
     while leaf.operands[0].size > _SAMPLE:
-        axis = fold_axis(leaf.operands[0], leaf.axes)
+        axis = fold_axis(leaf.operands[0])
         if axis is None:
             break
-        leaf = leaf._replace(
-            operands=tuple(
-                lax.index_in_dim(split_axis(x, axis), 0, axis + 1, keepdims=False)
-                for x in leaf.operands
-            )
+        operands = (split_axis(x, axis) for x in leaf.operands)
+        leaf = scored(
+            leaf.score,
+            *(lax.index_in_dim(x, 0, axis + 1, keepdims=False) for x in operands),
         )
         stride *= 8
     return leaf, stride
 
 
-def _count(leaves, thresholds, groups, strides=None) -> Wide:
-    """Counts the scores at or above the thresholds of their group: `[groups, 3]`."""
-    rows = [[_wide.from_int(0)] * 3 for _ in range(len(thresholds))]
-    for i, (leaf, group) in enumerate(zip(leaves, groups, strict=True)):
-        counts = _count_three(
-            leaf,
-            lambda x, _, ts=thresholds[group]: [x >= _unordered(t, x.dtype) for t in ts],
+def _tie_ends(at, ends, group, found: _Range, excess: Wide) -> UInt32[Array, "2 leaves"]:
+    """Where the kept ties of each leaf end, as rows and columns; `excess` are dropped."""
+    ties = _wide.subtract(found.at_low, found.at_end)
+    order = np.arange(len(group))
+    later = (group[:, None] == group) & (order[:, None] < order)
+    drop = _wide.minimum(
+        ties,
+        _wide.saturating_subtract(
+            jax.tree.map(lambda x: x[group], excess), _wide.sums(later, ties)
+        ),
+    )
+
+    def count_from(row: Array, column: Array) -> Wide:
+        """Counts the ties at or behind positions, each `[leaves, 3]`."""
+
+        def tests(x, place, i):
+            _, is_tie = _above_and_ties(x, found.low[group[i]])
+            before = (_before(*place(), row[i, j], column[i, j]) for j in range(3))
+            return [is_tie & ~b for b in before]
+
+        return _count(at(row), tests)
+
+    # The last row, and then the last column, that all ties to drop are at or behind.
+    # A loop, so that the code that counts is compiled once.
+    def search(state, ends):
+        row, at_low, by_column = state
+        found = _search(
+            lambda probes: count_from(
+                jnp.where(by_column, row[:, None], probes),
+                jnp.where(by_column, probes, 0),
+            ),
+            drop,
+            np.eye(len(group), dtype=bool),
+            _Range(jnp.zeros_like(row), ends, at_low, _wide.narrow(row * 0)),
         )
-        if strides is not None:
-            counts = [_wide.shift_left(c, strides[i].bit_length() - 1) for c in counts]
-        rows[group] = [_wide.add(a, b) for a, b in zip(rows[group], counts, strict=True)]
-    return _wide.stack([_wide.stack(row) for row in rows])
+        row = jnp.where(by_column, row, found.low)
+        return (row, found.at_low, True), found.low
+
+    start = (jnp.zeros(len(group), jnp.uint32), ties, False)
+    return lax.scan(search, start, jnp.asarray(ends))[1]
 
 
-def _count_three(leaf: Scored, tests) -> list[Wide]:
-    """Counts where up to three tests hold, in one pass.
+def _count_from(leaves: Sequence[Scored], thresholds: Array) -> Wide:
+    """Counts the scores at or above `thresholds`, floats `[leaves, k]`."""
+    return _count(
+        leaves,
+        lambda x, _, i: [x >= thresholds[i, j] for j in range(thresholds.shape[1])],
+    )
 
-    `tests(scores, place)` gives boolean arrays; `place()` the rows and columns.
+
+def _count(leaves: Sequence[Scored], tests) -> Wide:
+    """Counts in each leaf where up to three tests hold, `[leaves, k]`.
+
+    `tests(scores, place, i)` gives boolean arrays for leaf `i`; `place()` the row and
+    column of every element.
     """
+    return _wide.stack(
+        [_count_leaf(x, lambda *a, i=i: tests(*a, i)) for i, x in enumerate(leaves)]
+    )
 
+
+def _count_leaf(leaf: Scored, tests) -> Wide:
     def plainly(*operands):
         x = leaf.score(*operands)
-        masks = tests(x, lambda: _positions(x.shape))
-        return [_wide.total(m.astype(jnp.uint32), m.size) for m in masks]
+        masks = [m.astype(jnp.uint32) for m in tests(x, lambda: _positions(x.shape))]
+        if x.size <= _SAMPLE:  # less code to compile, and the time does not matter
+            return _wide.total(jnp.stack(masks), x.size, lead=1)
+        return _wide.stack([_wide.total(m, m.size) for m in masks])
 
-    axis = fold_axis(leaf.operands[0], leaf.axes)
+    axis = fold_axis(leaf.operands[0])
     if axis is None:
         return plainly(*leaf.operands)
     return lax.platform_dependent(
@@ -266,16 +346,15 @@ def _count_three(leaf: Scored, tests) -> list[Wide]:
     )
 
 
-def _count_by_folds(score, operands, axis, tests) -> list[Wide]:
-    # XLA's CPU backend sums integers one by one, from a copy of the masks. Adding slices,
-    # the three counters side by side in one word, vectorises and stores an eighth.
+def _count_by_folds(score, operands, axis, tests) -> Wide:
+    # XLA's CPU backend sums integers one by one, from a copy of the masks. Adding
+    # slices, the three counters side by side in a word, vectorises and stores an eighth.
     shards = shard_counts(operands[0])[axis]
     ways = 32 if operands[0].shape[axis] % (256 * shards) == 0 else 8
     splits = [split_axis(x, axis, ways) for x in operands]
 
     def masks(i):
-        parts = [lax.dynamic_index_in_dim(x, i, axis + 1, keepdims=False) for x in splits]
-        x = score(*parts)
+        x = score(*(lax.dynamic_index_in_dim(s, i, axis + 1, False) for s in splits))
         return tests(x, lambda: _positions(x.shape, axis, ways, i))
 
     def add(i, word):
@@ -288,55 +367,9 @@ def _count_by_folds(score, operands, axis, tests) -> list[Wide]:
     size = word.size * ways
     if (again := fold_axis(word)) is not None:  # now at most 8 * 32 in a field
         word = jnp.sum(split_axis(word, again), again + 1, dtype=jnp.uint32)
-    fields = [(word >> (_FIELD * j)) & ((1 << _FIELD) - 1) for j in range(len(first))]
-    return [_wide.total(f, size) for f in fields]
-
-
-def _tie_ends(at, shapes, groups, low, excess):
-    """Where in each leaf the kept ties end, as (row, column); `excess` ties are dropped."""
-    found = [
-        _count_three(x, lambda s, _, t=low[g]: [_ties(s, t)])[0]
-        for x, g in zip(at(low), groups, strict=True)
-    ]
-    wanted = list(found)
-    rest = [Wide(excess.hi[g], excess.lo[g]) for g in range(len(low))]
-    for i in reversed(range(len(groups))):
-        drop = _wide.minimum(rest[groups[i]], found[i])
-        rest[groups[i]] = _wide.subtract(rest[groups[i]], drop)
-        wanted[i] = _wide.subtract(found[i], drop)
-    wanted, found = _wide.stack(wanted), _wide.stack(found)
-    rows = jnp.asarray([r for r, _ in shapes], jnp.uint32)
-    columns = jnp.asarray([c for _, c in shapes], jnp.uint32)
-
-    def counter(inside):
-        # Thresholds here are how many rows (columns) to leave out at the end.
-        def count(skips):
-            counts = []
-            for i, leaf in enumerate(at(skips)):
-
-                def tests(x, place, i=i):
-                    ties, where = _ties(x, low[groups[i]]), place()
-                    return [ties & inside(i, *where, skip) for skip in skips[i]]
-
-                counts.append(_wide.stack(_count_three(leaf, tests)))
-            return _wide.stack(counts)
-
-        return count
-
-    def in_rows(i, row, column, skip):
-        del column
-        return row < (rows[i] - skip).astype(jnp.int32)
-
-    skip, found = _search(counter(in_rows), wanted, jnp.zeros_like(rows), rows, found)
-    last = (rows - skip).astype(jnp.int32) - 1  # the row in which the kept ties end
-
-    def in_columns(i, row, column, skip):
-        end = (columns[i] - skip).astype(jnp.int32)
-        return (row < last[i]) | ((row == last[i]) & (column < end))
-
-    skip, _ = _search(counter(in_columns), wanted, jnp.zeros_like(columns), columns, found)
-    ends = (columns - skip).astype(jnp.int32)
-    return [(last[i], ends[i]) for i in range(len(groups))]
+    shifts = _FIELD * np.arange(len(first), dtype=np.uint32)
+    fields = (word >> shifts.reshape(-1, *(1,) * word.ndim)) & ((1 << _FIELD) - 1)
+    return _wide.total(fields, size, lead=1)
 
 
 def _rows_columns(shape: Sequence[int]) -> tuple[int, int]:
@@ -344,43 +377,47 @@ def _rows_columns(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def _positions(shape, axis=None, ways=1, offset=0) -> tuple[Array, Array]:
-    """Row (over all leading axes) and column of every element, int32.
+    """Row (over all leading axes) and column of every element, uint32.
 
     With `axis`, the elements are the slice at `offset` of that axis split by `ways`.
     """
 
     def index(a):
-        place = lax.broadcasted_iota(jnp.int32, shape, a)
+        place = lax.broadcasted_iota(jnp.uint32, shape, a)
         return place * ways + offset if a == axis else place
 
-    row = jnp.int32(0)
+    row = jnp.uint32(0)
     for a in range(len(shape) - 1):
         row = row * (shape[a] * (ways if a == axis else 1)) + index(a)
-    return row, index(len(shape) - 1) if shape else jnp.int32(0)
+    return row, index(len(shape) - 1) if shape else jnp.uint32(0)
 
 
-# Ordered bits: unsigned integers that rise with the float. The lowest stands for NaN.
+def _before(row: Array, column: Array, end_row: Array, end_column: Array) -> Array:
+    return (row < end_row) | ((row == end_row) & (column < end_column))
 
 
-def _compare_dtype(dtypes, like=None):
-    bits = jnp.iinfo(like.dtype).bits if like is not None else 0
+# Ordered bits: unsigned integers that rise with the float. The lowest that is used is
+# below the bits of -inf and stands for NaN, the highest lies above those of +inf.
+
+
+def _compare_dtype(dtypes: Sequence[jax.typing.DTypeLike]) -> jnp.dtype:
     dtype = jnp.result_type(*dtypes)
-    if jnp.finfo(dtype).bits < 16:
-        dtype = jnp.dtype(jnp.bfloat16)
-    return dtype if jnp.finfo(dtype).bits >= bits else {32: jnp.float32, 64: jnp.float64}[bits]
+    return dtype if jnp.finfo(dtype).bits >= 16 else jnp.dtype(jnp.bfloat16)
 
 
-def _bounds(dtype):
-    """The ordered bits of NaN (one below -inf) and of +inf."""
-    infinity = jnp.asarray(jnp.inf, dtype)
-    return _ordered(-infinity) - 1, _ordered(infinity)
+def _dtype_of(bits: Array, half: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
+    """The float that `bits` orders; of two bytes there are two, `half` says which."""
+    width = jnp.iinfo(bits.dtype).bits
+    if width == 16:
+        return half if jnp.finfo(half).bits == 16 else jnp.bfloat16
+    return jnp.float32 if width == 32 else jnp.float64
 
 
-def _ordered(x: Array) -> Array:
-    unsigned = jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}")
-    bits = lax.bitcast_convert_type(x, unsigned)
+def _bounds(dtype) -> tuple[np.unsignedinteger, np.unsignedinteger]:
+    unsigned = np.dtype(f"uint{jnp.finfo(dtype).bits}")
+    infinity = np.asarray(np.inf, dtype).view(unsigned)[()]
     sign = unsigned.type(1 << (jnp.iinfo(unsigned).bits - 1))
-    return jnp.where(bits & sign != 0, ~bits, bits | sign)
+    return ~(infinity | sign) - unsigned.type(1), (infinity | sign) + unsigned.type(1)
 
 
 def _unordered(bits: Array, dtype) -> Array:
@@ -390,11 +427,8 @@ def _unordered(bits: Array, dtype) -> Array:
     )
 
 
-def _above(x: Array, threshold: Array) -> Array:
-    is_nan = threshold == _bounds(x.dtype)[0]
-    return jnp.where(is_nan, x == x, x > _unordered(threshold, x.dtype))
-
-
-def _ties(x: Array, threshold: Array) -> Array:
-    is_nan = threshold == _bounds(x.dtype)[0]
-    return jnp.where(is_nan, x != x, x == _unordered(threshold, x.dtype))
+def _above_and_ties(scores: Array, threshold: Array) -> tuple[Array, Array]:
+    above = scores >= _unordered(threshold + 1, scores.dtype)
+    everything = threshold == _bounds(scores.dtype)[0]
+    enough = (scores >= _unordered(threshold, scores.dtype)) | everything
+    return above, enough & ~above

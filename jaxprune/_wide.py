@@ -1,9 +1,11 @@
 """Exact counts beyond 2³¹: unsigned integers in two 32-bit words, without x64 mode."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, UInt32
 
 _WORD = 1 << 32
@@ -26,26 +28,32 @@ class Wide(NamedTuple):
 
 def from_int(value: int) -> Wide:
     """Splits a Python integer in [0, 2**64)."""
-    if not 0 <= value < _WORD * _WORD:
-        raise ValueError(f"value: got {value}; expected an integer in [0, 2**64).")
-    return Wide(jnp.uint32(value >> 32), jnp.uint32(value & (_WORD - 1)))
+    return Wide(*(x[0] for x in from_ints([value])))
 
 
-def stack(values: list[Wide]) -> Wide:
+def from_ints(values: Sequence[int]) -> Wide:
+    """Splits several Python integers in [0, 2**64) to one vector."""
+    for value in values:
+        if not 0 <= value < _WORD * _WORD:
+            raise ValueError(f"value: got {value}; expected an integer in [0, 2**64).")
+    words = np.asarray([divmod(v, _WORD) for v in values], np.uint32).reshape(-1, 2)
+    return Wide(jnp.asarray(words[:, 0]), jnp.asarray(words[:, 1]))
+
+
+def narrow(lo: UInt32[Array, "..."]) -> Wide:
+    """Numbers below 2**32."""
+    return Wide(jnp.zeros_like(lo), lo)
+
+
+def stack(values: Sequence[Wide]) -> Wide:
     """Stacks along a new first axis."""
     return Wide(jnp.stack([v.hi for v in values]), jnp.stack([v.lo for v in values]))
 
 
-def concatenate(a: Wide, b: Wide) -> Wide:
-    """Joins two vectors."""
-    return Wide(jnp.concatenate([a.hi, b.hi]), jnp.concatenate([a.lo, b.lo]))
-
-
-def shift_left(a: Wide, bits: int) -> Wide:
+def shift_left(a: Wide, bits: int | np.ndarray) -> Wide:
     """`a << bits`, for 0 <= bits < 32."""
-    if bits == 0:
-        return a
-    return Wide((a.hi << bits) | (a.lo >> (32 - bits)), a.lo << bits)
+    carried = (a.lo >> 1) >> (31 - bits)  # never a shift by 32, which is undefined
+    return Wide((a.hi << bits) | carried, a.lo << bits)
 
 
 def add(a: Wide, b: Wide) -> Wide:
@@ -81,28 +89,46 @@ def minimum(a: Wide, b: Wide) -> Wide:
 
 def saturating_subtract(a: Wide, b: Wide) -> Wide:
     """`max(a - b, 0)`."""
-    zero = Wide(jnp.zeros_like(a.hi), jnp.zeros_like(a.lo))
-    return where(less(a, b), zero, subtract(a, b))
+    return where(less(a, b), narrow(jnp.zeros_like(a.lo)), subtract(a, b))
 
 
-def total(counts: UInt32[Array, "..."], bound: int) -> Wide:
-    """Sums all of `counts` exactly.
+def total(counts: UInt32[Array, "..."], bound: int, *, lead: int = 0) -> Wide:
+    """Sums `counts` exactly over all axes behind the first `lead`.
 
     Args:
-      counts: any shape; the largest count times the longest axis is below 2**32, and
-        the other axes are shorter than 2**20.
-      bound: a number that the sum cannot exceed (below 2**44); below 2**32 one plain
-        sum is enough.
+      counts: the largest count times the longest axis is below 2**32, and the other axes
+        are shorter than 2**20.
+      bound: a number that no sum can exceed (below 2**44); below 2**32 one plain sum is
+        enough.
+      lead: how many axes stay.
     """
+    axes = range(lead, counts.ndim)
     if bound < _WORD:
-        return Wide(jnp.uint32(0), jnp.sum(counts, dtype=jnp.uint32))
+        return narrow(jnp.sum(counts, tuple(axes), dtype=jnp.uint32))
     low_bits = (1 << _SPLIT) - 1
     low, high = counts & low_bits, counts >> _SPLIT
-    while low.ndim:  # from the second axis on, low < 2**12 and an axis < 2**20
-        axis = max(range(low.ndim), key=lambda a: low.shape[a])
-        low, high = (jnp.sum(x, axis, dtype=jnp.uint32) for x in (low, high))
+    # From the second axis on, low < 2**12 and an axis < 2**20: no word overflows.
+    for axis in sorted(axes, key=lambda a: -counts.shape[a]):
+        low, high = (jnp.sum(x, axis, jnp.uint32, keepdims=True) for x in (low, high))
         low, high = low & low_bits, high + (low >> _SPLIT)
-    return add(Wide(high >> (32 - _SPLIT), high << _SPLIT), Wide(jnp.uint32(0), low))
+    low, high = (x.reshape(counts.shape[:lead]) for x in (low, high))
+    return add(Wide(high >> (32 - _SPLIT), high << _SPLIT), narrow(low))
+
+
+def sums(members: np.ndarray, counts: Wide) -> Wide:
+    """Sums along the first axis: row `i` is the sum of the rows with `members[i]`.
+
+    Args:
+      members: booleans `[sums, rows]`, fewer than 2**16 rows.
+      counts: `[rows, ...]`.
+    """
+    chosen = members.reshape(*members.shape, *(1,) * (counts.lo.ndim - 1))
+
+    def add_rows(x: Array) -> Array:
+        return jnp.sum(jnp.where(chosen, x, 0), axis=1, dtype=jnp.uint32)
+
+    low, high = add_rows(counts.lo & 0xFFFF), add_rows(counts.lo >> 16)
+    return add(Wide(add_rows(counts.hi) + (high >> 16), high << 16), narrow(low))
 
 
 def interpolate(start: int, end: int, fraction: Float[Array, ""]) -> Wide:

@@ -142,15 +142,9 @@ class NM:
         self, path: str, score: Callable[..., Array], *operands: Array
     ) -> _select.Scored:
         """What each group would lose by obeying: the sum of its pruned scores."""
-        views = [self._grouped(path, x) for x in operands]
-        axis = views[0][1]
-
-        def cost(*parts: Array) -> Array:
-            scores = score(*parts)
-            lost = jnp.where(self._keeps(scores, axis), 0, scores)
-            return jnp.sum(lost, axis + 1, dtype=jnp.promote_types(lost.dtype, jnp.float32))
-
-        return _select.Scored(cost, tuple(x for x, _ in views), (axis,))
+        grouped, axis = self._grouped(path, score(*operands))
+        lost = _upcast(jnp.where(self._keeps(grouped, axis), 0, grouped))
+        return _select.stored(jnp.sum(lost, axis + 1))
 
     def mask(self, path: str, scores: Array, kept: Bool[Array, "..."]) -> Array:
         """The best `n` of each group, and all of the groups that stay dense."""
@@ -237,7 +231,7 @@ class Block:
         blocks = matrix.reshape(*batch, rows // self.rows, self.rows, -1, self.cols)
         # Rows first: that adds whole vectors, where a sum over both axes adds numbers.
         sums = jnp.sum(_upcast(blocks), axis=-3)
-        return _select.scored(lambda x: x, jnp.sum(sums, axis=-1))
+        return _select.stored(jnp.sum(sums, axis=-1))
 
     def mask(self, path: str, scores: Array, kept: Bool[Array, "..."]) -> Array:
         """Each block's decision for all of its weights."""
@@ -294,7 +288,7 @@ class Channel:
         scores = score(*operands)
         stays = self._axes(path, scores.shape)
         rest = tuple(a for a in range(scores.ndim) if a not in stays)
-        return _select.scored(lambda x: x, jnp.sum(_upcast(scores), axis=rest))
+        return _select.stored(jnp.sum(_upcast(scores), axis=rest))
 
     def mask(self, path: str, scores: Array, kept: Bool[Array, "..."]) -> Array:
         """Each slice's decision for all of its weights."""

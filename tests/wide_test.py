@@ -8,15 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from jaxprune import _wide
 
 U64 = st.integers(0, 2**64 - 1)
 EDGES = [0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**44 - 1, 19_327_352_832]
-
-
-def _vector(values: list[int]) -> _wide.Wide:
-    return _wide.stack([_wide.from_int(v) for v in values])
 
 
 def _ints(wide: _wide.Wide) -> list[int]:
@@ -60,9 +57,20 @@ def test_to_float_is_the_nearest(a):
     )
 
 
-@given(st.lists(U64, min_size=1, max_size=4), st.lists(U64, min_size=1, max_size=4))
-def test_stack_and_concatenate(a, b):
-    assert _ints(_wide.concatenate(_vector(a), _vector(b))) == a + b
+@given(st.lists(U64, max_size=4))
+def test_vectors(values):
+    assert _ints(_wide.from_ints(values)) == values
+    if values:
+        assert _ints(_wide.stack([_wide.from_int(v) for v in values])) == values
+
+
+@given(st.lists(U64, min_size=4, max_size=4), hnp.arrays(bool, (3, 4)))
+def test_sums(values, members):
+    expected = [sum(v for v, m in zip(values, row, strict=True) if m) for row in members]
+    got = _wide.sums(members, _wide.from_ints(values))
+    assert _ints(got) == [e % 2**64 for e in expected]
+    pairs = jax.tree.map(lambda x: x.reshape(4, 1), _wide.from_ints(values))
+    assert _wide.sums(members, pairs).lo.shape == (3, 1)
 
 
 @given(
@@ -83,6 +91,13 @@ def test_total_on_long_axes_in_two_words(shape, each):
     # `bound` alone chooses the two-word sum, so that small arrays exercise it too.
     counts = jnp.full(shape, each, jnp.uint32)
     assert int(_wide.total(counts, 2**40)) == each * counts.size
+
+
+@pytest.mark.parametrize("bound", [2**31, 2**40])
+def test_total_keeps_leading_axes(bound):
+    counts = jnp.arange(24, dtype=jnp.uint32).reshape(2, 3, 4)
+    expected = np.arange(24).reshape(2, 12).sum(1).tolist()
+    assert _ints(_wide.total(counts, bound, lead=1)) == expected
 
 
 def test_total_beyond_one_word():
