@@ -118,7 +118,9 @@ def main() -> None:
     size = sum(x.size for x in jax.tree.leaves(params))
     print(f"{size / 1e6:.2f} M parameters, {rounds} rounds, jax {jax.__version__}, "
           f"{jax.devices()[0].device_kind}\n")  # fmt: skip
-    print("| variant | step / adamw | quartiles | temporaries / adamw | state, bits a weight |")
+    print(
+        "| variant | step / adamw | quartiles | temporaries / adamw | state, bits a weight |"
+    )
     print("|---|---|---|---|---|")
     ratios = {}
     for variant in found:

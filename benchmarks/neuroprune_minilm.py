@@ -20,7 +20,6 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -102,7 +101,9 @@ def run(arm: str, sparsity: float, seed: int, builder) -> dict:
     if method is not None:
         tx = jp.masked(tx, method, where=ENCODER)
     opt_state = tx.init(params)
-    stream = iter(data.batches(builder, batch=BUDGET.batch, length=BUDGET.length, seed=seed))
+    stream = iter(
+        data.batches(builder, batch=BUDGET.batch, length=BUDGET.length, seed=seed)
+    )
 
     @jax.jit
     def step(params, opt_state, batch):
@@ -125,7 +126,9 @@ def run(arm: str, sparsity: float, seed: int, builder) -> dict:
     weights = sum(x.size for x in kernels.values())
     zeros = sum(int((x == 0).sum()) for x in kernels.values())
     mlp = [x for p, x in kernels.items() if "/mlp/" in p]
-    small, sizes = jp.neuroprune_shrink(params, roles=ROLES, activation=model.activation)
+    small, sizes = jp.neuroprune_shrink(
+        params, roles=ROLES, activation=model.activation
+    )
     out = {
         "arm": arm, "sparsity": sparsity, "seed": seed,
         "accuracy": float(right.mean()),
@@ -185,7 +188,9 @@ def table(rows: list[dict]) -> str:
     for sparsity, index in cells:
         arm = list(ARMS)[index]
         some = [r for r in rows if (r["arm"], r["sparsity"]) == (arm, sparsity)]
-        steps = [r["step_seconds"] / dense[r["seed"]] for r in some if r["seed"] in dense]
+        steps = [
+            r["step_seconds"] / dense[r["seed"]] for r in some if r["seed"] in dense
+        ]
         lines.append(
             f"| {arm} | {sparsity:.0%} | {len(some)} | {spread(some, 'accuracy', 100)} | "
             f"{paired(some, rows)} | {100 * mean(some, 'achieved'):.2f} | "

@@ -9,8 +9,8 @@ import jax
 from jaxtyping import Array, Bool
 
 from jaxprune import _select, _tree, _wide, scores
-from jaxprune import masks as mask_trees
 from jaxprune import allocation as allocations
+from jaxprune import masks as mask_trees
 from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation
 from jaxprune.structures import NM, Structure, Unstructured
@@ -151,7 +151,9 @@ def prune(
 
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands)):
         shardings = [x.sharding if isinstance(x, jax.Array) else None for x in leaves]
-        run = jax.jit(run, out_shardings=shardings)  # the masks lie where the weights do
+        run = jax.jit(
+            run, out_shardings=shardings
+        )  # the masks lie where the weights do
     found = iter(run(operands))
     masks = treedef.unflatten([x if _tree.is_hole(x) else next(found) for x in holed])
     return mask_trees.apply(params, masks), masks

@@ -108,8 +108,8 @@ def keep(scores: Array, cut: Cut) -> Bool[Array, "..."]:
 def threshold_value(cut: Cut) -> Float[Array, ""]:
     """A number that divides the scores kept from the others, float32.
 
-    It is the smallest score kept where ties had to be cut, and lies between that and the
-    largest other score elsewhere; 0 where everything is kept, or nothing.
+    It is the smallest score kept where ties had to be cut, and lies between that and
+    the largest other score elsewhere; 0 where everything is kept, or nothing.
     """
     dtype = _dtype_of(cut.threshold, jnp.bfloat16)
     value = _unordered(cut.threshold, dtype).astype(jnp.float32)
@@ -139,7 +139,9 @@ def fold_axis(x: Array) -> int | None:
 def shard_counts(x: Array) -> list[int]:
     """Into how many shards each axis of `x` is divided, as far as that can be known."""
     sharding = jax.typeof(x).sharding
-    if not isinstance(x, jax.core.Tracer):  # on an auto mesh only the array itself knows
+    if not isinstance(
+        x, jax.core.Tracer
+    ):  # on an auto mesh only the array itself knows
         sharding = getattr(x, "sharding", sharding)
     counts = [1] * x.ndim
     for axis, names in enumerate(getattr(sharding, "spec", ())):
@@ -267,8 +269,10 @@ def _sample(leaf: Scored) -> tuple[Scored, int]:
     return leaf, stride
 
 
-def _tie_ends(at, ends, group, found: _Range, excess: Wide) -> UInt32[Array, "2 leaves"]:
-    """Where the kept ties of each leaf end, as rows and columns; `excess` are dropped."""
+def _tie_ends(
+    at, ends, group, found: _Range, excess: Wide
+) -> UInt32[Array, "2 leaves"]:
+    """Rows and columns at which the kept ties of each leaf end; `excess` are dropped."""
     ties = _wide.subtract(found.at_low, found.at_end)
     order = np.arange(len(group))
     later = (group[:, None] == group) & (order[:, None] < order)
@@ -348,7 +352,7 @@ def _count_leaf(leaf: Scored, tests) -> Wide:
 
 def _count_by_folds(score, operands, axis, tests) -> Wide:
     # XLA's CPU backend sums integers one by one, from a copy of the masks. Adding
-    # slices, the three counters side by side in a word, vectorises and stores an eighth.
+    # slices, the counters side by side in a word, vectorises and stores an eighth.
     shards = shard_counts(operands[0])[axis]
     ways = 32 if operands[0].shape[axis] % (256 * shards) == 0 else 8
     splits = [split_axis(x, axis, ways) for x in operands]

@@ -1,5 +1,6 @@
-"""Paths of leaves, spelled alike for every library, and the choice of leaves to prune."""
+"""Paths of leaves, spelled alike for every library, and the choice among them."""
 
+import collections
 import fnmatch
 import re
 import sys
@@ -14,10 +15,14 @@ PyTree: TypeAlias = Any
 Where: TypeAlias = Callable[[str, Any], bool] | str | Sequence[str] | None
 T = TypeVar("T")
 
-# Last names of leaves that shift, scale or normalise: never pruned by default.
-_NOT_WEIGHTS = frozenset(
-    "b bias biases scale gamma beta mean var running_mean running_var norm_scale".split()
+# Names of leaves that shift, scale or normalise: never pruned by default.
+_NOT_WEIGHTS = re.compile(
+    r"b|bias|biases|scale|gamma|beta|offset|mean|var|running_mean|running_var"
+    r"|.+_(bias|scale)"
 )
+# Embedding tables, by their own name or, where that is `weight`, by their owner's.
+_TABLES = re.compile(r".*embed.*|(.+_)?emb|wte|wpe")
+_NORMS = re.compile(r".*norm.*|(.+_)?(ln|bn)(_?\w)?")
 
 
 def is_hole(x: Any) -> bool:
@@ -25,25 +30,34 @@ def is_hole(x: Any) -> bool:
     return x is None or isinstance(x, optax.MaskedNode)
 
 
-def flatten(tree: PyTree) -> tuple[list[str], list[Any], jax.tree_util.PyTreeDef]:
+def flatten(
+    tree: PyTree, is_leaf: Callable[[Any], bool] = lambda x: False
+) -> tuple[list[str], list[Any], jax.tree_util.PyTreeDef]:
     """Flattens `tree` to paths, leaves and a treedef; holes count as leaves.
 
-    Paths read `layers/0/attn/query/kernel` for every library: a leading `params/` (linen)
-    and a trailing `/value` (NNX) are dropped.
+    Paths read `layers/0/attn/query/kernel` for every library: a leading `params/`
+    (linen) is dropped, and so is a trailing `/value` where that attribute is all its
+    owner holds (NNX variables, linen's partitioned boxes).
     """
-    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_hole)
-    return [path_string(path) for path, _ in keyed], [x for _, x in keyed], treedef
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: is_hole(x) or is_leaf(x)
+    )
+    paths = [tuple(path) for path, _ in keyed]
+    boxes = {p[:-1] for p in paths if len(p) > 1 and _is_value(p[-1])}
+    owned = collections.Counter(
+        p[:i] for p in paths for i in range(len(p)) if p[:i] in boxes
+    )
+    paths = [
+        p[:-1] if p and _is_value(p[-1]) and owned[p[:-1]] == 1 else p for p in paths
+    ]
+    return [_spell(p) for p in paths], [x for _, x in keyed], treedef
 
 
-def path_string(path: Sequence[Any]) -> str:
-    """Spells one key path; see `flatten`."""
-    path = tuple(path)
-    if (
-        len(path) > 1
-        and isinstance(path[-1], jax.tree_util.GetAttrKey)
-        and path[-1].name == "value"
-    ):
-        path = path[:-1]
+def _is_value(key: Any) -> bool:
+    return isinstance(key, jax.tree_util.GetAttrKey) and key.name == "value"
+
+
+def _spell(path: tuple[Any, ...]) -> str:
     names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
     return "/".join(names[1:] if len(names) > 1 and names[0] == "params" else names)
 
@@ -51,7 +65,7 @@ def path_string(path: Sequence[Any]) -> str:
 def map_leaves(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """Maps `f` over the arrays of `tree`; holes of `tree` stay as they are.
 
-    Where `tree` has an array, a tree of `rest` may hold a subtree such as a packed mask.
+    Where `tree` has an array, a tree of `rest` may hold a subtree, as a packed mask is.
     """
     return jax.tree.map(
         lambda x, *xs: x if is_hole(x) else f(x, *xs), tree, *rest, is_leaf=is_hole
@@ -70,7 +84,8 @@ def selection(tree: PyTree, where: Where) -> list[bool]:
       tree: parameters, or shapes of them.
       where: `None` for the default choice; a function `(path, leaf) -> bool`; or one or
         several glob patterns on the path, of which the last that matches decides and a
-        leading `!` excludes. `*` also matches across `/`.
+        leading `!` excludes. `*` also matches across `/`. If the first pattern
+        excludes, they change the default choice: `"!head/*"` leaves out the head.
 
     Raises:
       ValueError: if a pattern matches no floating-point leaf, or nothing is selected.
@@ -78,40 +93,44 @@ def selection(tree: PyTree, where: Where) -> list[bool]:
     """
     paths, leaves, _ = flatten(tree)
     trainable = _trainable(tree)
-    usable = [
-        is_float(x) and t for x, t in zip(leaves, trainable, strict=True)
+    usable = [is_float(x) and t for x, t in zip(leaves, trainable, strict=True)]
+    weights = [
+        u and _is_weight(p, x) for p, x, u in zip(paths, leaves, usable, strict=True)
     ]
     if where is None:
-        chosen = [u and _is_weight(p, x) for p, x, u in zip(paths, leaves, usable, strict=True)]
+        chosen = weights
     elif callable(where):
         chosen = [
-            u and bool(where(p, x)) for p, x, u in zip(paths, leaves, usable, strict=True)
+            u and bool(where(p, x))
+            for p, x, u in zip(paths, leaves, usable, strict=True)
         ]
-    elif isinstance(where, str) or (
-        isinstance(where, Sequence) and all(isinstance(w, str) for w in where)
-    ):
-        chosen = _by_patterns(paths, usable, [where] if isinstance(where, str) else where)
+    elif isinstance(where, Sequence) and all(isinstance(w, str) for w in where):
+        patterns = [where] if isinstance(where, str) else where
+        chosen = _by_patterns(paths, usable, weights, patterns)
     else:
         raise TypeError(
-            f"where: got {type(where).__name__}; expected None, a function (path, leaf) -> "
-            "bool, or glob patterns such as '*/kernel' and '!head/*'."
+            f"where: got {where!r}; expected None, a function (path, leaf) -> bool, or "
+            "glob patterns such as '*/kernel' and '!head/*'."
         )
     if not any(chosen):
+        names = [p for p, u in zip(paths, usable, strict=True) if u]
         raise ValueError(
             f"where={where!r} selects no leaf to prune. The floating-point leaves are: "
-            f"{listing([p for p, u in zip(paths, usable, strict=True) if u])}. Pass where= as a "
-            "glob pattern or a function (path, leaf) -> bool that selects some of them."
+            f"{listing(names)}. Pass where= as a glob pattern or a function "
+            "(path, leaf) -> bool that selects some of them."
         )
     return chosen
 
 
 def select(tree: PyTree, where: Where) -> PyTree:
-    """Returns `tree` with `None` in place of every leaf that `where` does not select."""
+    """Returns `tree` with `None` in place of each leaf that `where` does not select."""
     _, leaves, treedef = flatten(tree)
     chosen = selection(tree, where)
     return treedef.unflatten(
-        [x if c or isinstance(x, optax.MaskedNode) else None
-         for x, c in zip(leaves, chosen, strict=True)]
+        [
+            x if c or isinstance(x, optax.MaskedNode) else None
+            for x, c in zip(leaves, chosen, strict=True)
+        ]
     )
 
 
@@ -122,10 +141,8 @@ def align(tree: PyTree, like: PyTree, is_leaf: Callable[[Any], bool]) -> PyTree:
     as `optax.partition` cuts out. A tree that does not fit is returned as it is.
     """
     paths, leaves, treedef = flatten(like)
-    keyed, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda x: is_hole(x) or is_leaf(x)
-    )
-    found = {path_string(p): x for p, x in keyed}
+    names, parts, _ = flatten(tree, is_leaf)
+    found = dict(zip(names, parts, strict=True))
     if list(found) == paths:
         return treedef.unflatten(found.values())
     new, used = [], set()
@@ -140,7 +157,7 @@ def align(tree: PyTree, like: PyTree, is_leaf: Callable[[Any], bool]) -> PyTree:
             return tree
         used |= met
         new.append(x if is_hole(x) else found.get(path))
-    return tree if len(used) < len(keyed) else treedef.unflatten(new)
+    return tree if len(used) < len(names) else treedef.unflatten(new)
 
 
 def bare(tree: PyTree) -> PyTree:
@@ -155,7 +172,9 @@ def lookup(path: str, table: Mapping[str, T]) -> T | None:
     return found[-1] if found else None
 
 
-def check_patterns(paths: Sequence[str], table: Mapping[str, Any], *, name: str) -> None:
+def check_patterns(
+    paths: Sequence[str], table: Mapping[str, Any], *, name: str
+) -> None:
     """Raises `ValueError` if a pattern of `table` matches none of `paths`."""
     for pattern in table:
         if not fnmatch.filter(paths, pattern):
@@ -172,29 +191,31 @@ def listing(paths: Sequence[str], limit: int = 12) -> str:
 
 
 def _is_weight(path: str, leaf: Any) -> bool:
-    names = path.lower().split("/")
-    last = names[-1]
-    if leaf.ndim < 2 or last in _NOT_WEIGHTS or re.search(r"_(bias|scale)$", last):
+    *owners, name = path.lower().split("/")
+    if leaf.ndim < 2 or _NOT_WEIGHTS.fullmatch(name) or _TABLES.fullmatch(name):
         return False
-    if "embed" in last or last in ("wte", "wpe"):
-        return False
-    # Equinox and PyTorch spell an embedding table `embedding/weight`.
-    return not (last == "weight" and len(names) > 1 and "embed" in names[-2])
+    # Equinox and PyTorch spell tables `embedding/weight`, and scales `norm/weight`.
+    owner = owners[-1] if owners and name == "weight" else ""
+    return not (_TABLES.fullmatch(owner) or _NORMS.fullmatch(owner))
 
 
 def _by_patterns(
-    paths: Sequence[str], usable: Sequence[bool], patterns: Sequence[str]
+    paths: Sequence[str],
+    usable: Sequence[bool],
+    weights: Sequence[bool],
+    patterns: Sequence[str],
 ) -> list[bool]:
-    chosen = [False] * len(paths)
+    excludes = bool(patterns) and patterns[0].startswith("!")
+    chosen = list(weights) if excludes else [False] * len(paths)
     for pattern in patterns:
         keep = not pattern.startswith("!")
         regex = re.compile(fnmatch.translate(pattern.removeprefix("!")))
         hits = [i for i, p in enumerate(paths) if usable[i] and regex.match(p)]
         if not hits:
-            usable_paths = [p for p, u in zip(paths, usable, strict=True) if u]
+            names = [p for p, u in zip(paths, usable, strict=True) if u]
             raise ValueError(
-                f"where: the pattern {pattern!r} matches no floating-point leaf. The paths "
-                f"are: {listing(usable_paths)}."
+                f"where: the pattern {pattern!r} matches no floating-point leaf. The "
+                f"paths are: {listing(names)}."
             )
         for i in hits:
             chosen[i] = keep

@@ -96,10 +96,10 @@ def total(counts: UInt32[Array, "..."], bound: int, *, lead: int = 0) -> Wide:
     """Sums `counts` exactly over all axes behind the first `lead`.
 
     Args:
-      counts: the largest count times the longest axis is below 2**32, and the other axes
-        are shorter than 2**20.
-      bound: a number that no sum can exceed (below 2**44); below 2**32 one plain sum is
-        enough.
+      counts: the largest count times the longest axis is below 2**32, and the other
+        axes are shorter than 2**20.
+      bound: a number that no sum can exceed (below 2**44); below 2**32 one plain sum
+        is enough.
       lead: how many axes stay.
     """
     axes = range(lead, counts.ndim)
@@ -134,8 +134,8 @@ def sums(members: np.ndarray, counts: Wide) -> Wide:
 def interpolate(start: int, end: int, fraction: Float[Array, ""]) -> Wide:
     """`start + (end - start) * fraction`, rounded half up in the distance from `start`.
 
-    Exact for the float32 value of `fraction` (in [0, 1]) to 2**-31 of the distance; at 0
-    and 1 it is `start` and `end` themselves.
+    Exact for the float32 value of `fraction` (in [0, 1]) to 2**-31 of the distance; at
+    0 and 1 it is `start` and `end` themselves.
     """
     distance = abs(end - start)
     limbs = [(distance >> (16 * i)) & 0xFFFF for i in range(4)]

@@ -85,7 +85,9 @@ def exact(sparsity: float | Fraction, name: str = "sparsity") -> Fraction:
             f"{name}: got {sparsity}; expected a share of weights to prune in [0, 1). For "
             f"90 % write 0.9."
         )
-    return sparsity if isinstance(sparsity, Fraction) else Fraction(repr(float(sparsity)))
+    return (
+        sparsity if isinstance(sparsity, Fraction) else Fraction(repr(float(sparsity)))
+    )
 
 
 def allocate(

@@ -161,7 +161,9 @@ def summary(params: PyTree, masks: PyTree) -> str:
     masks = check(params, masks)
     paths, leaves, treedef = _tree.flatten(params)
     rows, masked, total, kept = [], 0, 0, 0
-    for path, leaf, mask in zip(paths, leaves, treedef.flatten_up_to(masks), strict=True):
+    for path, leaf, mask in zip(
+        paths, leaves, treedef.flatten_up_to(masks), strict=True
+    ):
         if _tree.is_hole(leaf) or not hasattr(leaf, "shape"):
             continue
         size = math.prod(leaf.shape)
@@ -243,7 +245,9 @@ def as_bool(mask: Bool[Array, "..."] | PackedMask) -> Bool[Array, "..."]:
         return mask.bits
     axis, length = mask.axis, mask.shape[mask.axis]
     groups = mask.bits.shape[axis]
-    place = jnp.arange(8, dtype=jnp.uint8).reshape((8,) + (1,) * (mask.bits.ndim - axis - 1))
+    place = jnp.arange(8, dtype=jnp.uint8).reshape(
+        (8,) + (1,) * (mask.bits.ndim - axis - 1)
+    )
     bits = (jnp.expand_dims(mask.bits, axis + 1) >> place) & 1
     whole = (*mask.shape[:axis], groups * 8, *mask.shape[axis + 1 :])
     return lax.slice_in_dim(bits.reshape(whole), 0, length, axis=axis) != 0
@@ -257,7 +261,12 @@ def pack_axis(x: Array) -> int | None:
         padding = -length % 8
         if shards[axis] > 1 and (padding or (length // 8) % shards[axis]):
             continue
-        cost = (padding / max(length, 1) > 0.1, axis == x.ndim - 1, shards[axis] > 1, -axis)
+        cost = (
+            padding / max(length, 1) > 0.1,
+            axis == x.ndim - 1,
+            shards[axis] > 1,
+            -axis,
+        )
         if best is None or cost < best[0]:
             best = (cost, axis)
     return None if best is None else best[1]
@@ -297,4 +306,3 @@ def _describe(x) -> str:
     if hasattr(x, "dtype"):
         return f"{x.dtype}[{', '.join(map(str, x.shape))}]"
     return f"of type {type(x).__name__}"
-

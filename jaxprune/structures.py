@@ -164,7 +164,11 @@ class NM:
         # index and NaN loses. Elementwise, so that it fuses; no sort.
         x = jnp.where(jnp.isnan(grouped), -jnp.inf, grouped)
         place = lax.broadcasted_iota(jnp.int32, x.shape, axis + 1)
-        rank = jnp.zeros(x.shape, jnp.uint8) if self.m < 256 else jnp.zeros(x.shape, jnp.int32)
+        rank = (
+            jnp.zeros(x.shape, jnp.uint8)
+            if self.m < 256
+            else jnp.zeros(x.shape, jnp.int32)
+        )
         for j in range(self.m):
             other = lax.slice_in_dim(x, j, j + 1, axis=axis + 1)
             beats = (other > x) | ((other == x) & (j < place))
@@ -206,7 +210,10 @@ class Block:
     def units(self, path: str, leaf: Any) -> int:
         """Number of blocks."""
         k_axes, n_axes = self._axes(path, leaf.shape)
-        for name, extent, axes in (("rows", self.rows, k_axes), ("cols", self.cols, n_axes)):
+        for name, extent, axes in (
+            ("rows", self.rows, k_axes),
+            ("cols", self.cols, n_axes),
+        ):
             length = math.prod(leaf.shape[a] for a in axes)
             if length % extent:
                 raise ValueError(
@@ -245,7 +252,9 @@ class Block:
 
     def _axes(self, path: str, shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
         k_axes = _normalise(path, _axis_of(path, self.axis), len(shape), "Block axis")
-        n_axes = _normalise(path, _axis_of(path, self.out_axis), len(shape), "Block out_axis")
+        n_axes = _normalise(
+            path, _axis_of(path, self.out_axis), len(shape), "Block out_axis"
+        )
         if set(k_axes) & set(n_axes):
             raise ValueError(
                 f"{path}: Block axis={k_axes} and out_axis={n_axes} overlap; expected two "
@@ -367,7 +376,9 @@ def _unmerge(mask: Array, shape, axis: Axis, at: int) -> Array:
 def _as_matrix(x: Array, k_axes, n_axes) -> Array:
     batch = [a for a in range(x.ndim) if a not in (*k_axes, *n_axes)]
     x = x.transpose([*batch, *k_axes, *n_axes])
-    return x.reshape(*x.shape[: len(batch)], math.prod(x.shape[len(batch) : -len(n_axes)]), -1)
+    return x.reshape(
+        *x.shape[: len(batch)], math.prod(x.shape[len(batch) : -len(n_axes)]), -1
+    )
 
 
 def _from_matrix(matrix: Array, shape, k_axes, n_axes) -> Array:

@@ -44,7 +44,9 @@ def _masks(leaves, kept, groups):
 def _check(leaves, kept: list[int], groups: tuple[int, ...]) -> None:
     found = _masks(leaves, [_wide.from_int(k) for k in kept], groups)
     found = [np.asarray(m) for m in found]
-    values = [np.asarray(x.astype(jnp.float32) if x.itemsize < 4 else x) for x in leaves]
+    values = [
+        np.asarray(x.astype(jnp.float32) if x.itemsize < 4 else x) for x in leaves
+    ]
     for group, k in enumerate(kept):
         members = [i for i, g in enumerate(groups) if g == group]
         expected = _oracle([values[i] for i in members], k)
@@ -66,7 +68,8 @@ def test_one_small_leaf(shape, dtype):
 
 @given(st.data())
 @pytest.mark.parametrize(
-    "dtypes", [("float32",) * 4, ("bfloat16",) * 4, ("bfloat16", "float32", "float16") * 2]
+    "dtypes",
+    [("float32",) * 4, ("bfloat16",) * 4, ("bfloat16", "float32", "float16") * 2],
 )
 def test_groups_of_leaves(dtypes, data):
     shapes, groups = [(3, 4), (5,), (), (2, 2, 3)], (0, 1, 0, 0)

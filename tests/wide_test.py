@@ -66,7 +66,9 @@ def test_vectors(values):
 
 @given(st.lists(U64, min_size=4, max_size=4), hnp.arrays(bool, (3, 4)))
 def test_sums(values, members):
-    expected = [sum(v for v, m in zip(values, row, strict=True) if m) for row in members]
+    expected = [
+        sum(v for v, m in zip(values, row, strict=True) if m) for row in members
+    ]
     got = _wide.sums(members, _wide.from_ints(values))
     assert _ints(got) == [e % 2**64 for e in expected]
     pairs = jax.tree.map(lambda x: x.reshape(4, 1), _wide.from_ints(values))

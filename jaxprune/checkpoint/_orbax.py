@@ -10,7 +10,9 @@ import numpy as np
 from jaxprune._tree import PyTree
 
 
-def save(path: str | os.PathLike[str], tree: PyTree, *, overwrite: bool = False) -> None:
+def save(
+    path: str | os.PathLike[str], tree: PyTree, *, overwrite: bool = False
+) -> None:
     """Saves a tree of arrays: parameters, packed masks, the state of `masked`, steps.
 
     The folder appears under its name only when it is complete: a process killed in the

@@ -129,7 +129,10 @@ def gmp(
                 params, sparsity=schedule.initial, structure=structure, allocation=first
             ),
             _prune.plan(
-                params, sparsity=schedule.final, structure=structure, allocation=allocation
+                params,
+                sparsity=schedule.final,
+                structure=structure,
+                allocation=allocation,
             ),
         )
 
@@ -158,4 +161,3 @@ def gmp(
         )
 
     return Method(init, update, mask_gradients, None, masks.apply)
-

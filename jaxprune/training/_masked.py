@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-
 
 from jaxprune import _tree, masks
 from jaxprune._tree import PyTree
@@ -91,7 +89,9 @@ def masked(
         # under a variable are arrays; packed masks are not.
         state = method.init(_tree.bare(chosen))
         # Copies that the optimizer takes of the weights must obey the mask from the start.
-        return MaskedState(inner.init(masks.apply(params, state.masks)), state, method.view)
+        return MaskedState(
+            inner.init(masks.apply(params, state.masks)), state, method.view
+        )
 
     def update(updates, state, params=None, **extra):
         if params is None:
@@ -153,7 +153,9 @@ def get_info(opt_state: PyTree) -> dict[str, Any]:
     changed = False
     for state in _states(opt_state):
         paths, leaves, _ = _tree.flatten(
-            jax.tree.map(lambda m: _Shape(m.shape), state.method.masks, is_leaf=_is_packed)
+            jax.tree.map(
+                lambda m: _Shape(m.shape), state.method.masks, is_leaf=_is_packed
+            )
         )
         shapes = [(p, x.shape) for p, x in zip(paths, leaves, strict=True)
                   if isinstance(x, _Shape)]  # fmt: skip
@@ -215,7 +217,9 @@ def advance(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
     return state._replace(step=optax.safe_increment(state.step), info=info)
 
 
-def _emit(updates: PyTree, params: PyTree, method: Method, state: MethodState) -> PyTree:
+def _emit(
+    updates: PyTree, params: PyTree, method: Method, state: MethodState
+) -> PyTree:
     """Updates that land on the projected and masked weights, exactly on 0 where pruned."""
 
     def plain(mask, u, p):
@@ -261,7 +265,9 @@ def _reset(state: PyTree, init, params: PyTree, old: PyTree, new: PyTree) -> PyT
 
     def renew(path, x, x0):
         names = _names(path)
-        for first in range(len(names) + 1):  # the longest suffix that is a weight's path
+        for first in range(
+            len(names) + 1
+        ):  # the longest suffix that is a weight's path
             flip = flips.get(names[first:])
             if flip is not None:
                 if getattr(x, "shape", None) == flip.shape:
@@ -288,7 +294,10 @@ def _only_masked(tree: PyTree, found: PyTree) -> PyTree:
     """The leaves of `tree` that have a mask, in the containers of `found`."""
     holed, treedef = jax.tree.flatten(found, is_leaf=_is_leaf)
     return treedef.unflatten(
-        [m if _tree.is_hole(m) else x for m, x in zip(holed, _leaves(tree), strict=True)]
+        [
+            m if _tree.is_hole(m) else x
+            for m, x in zip(holed, _leaves(tree), strict=True)
+        ]
     )
 
 
@@ -296,7 +305,10 @@ def _merge(tree: PyTree, chosen: PyTree) -> PyTree:
     """`tree` with the leaves of `chosen` that are no holes in place of its own."""
     _, leaves, treedef = _tree.flatten(tree)
     return treedef.unflatten(
-        [x if _tree.is_hole(y) else y for x, y in zip(leaves, _leaves(chosen), strict=True)]
+        [
+            x if _tree.is_hole(y) else y
+            for x, y in zip(leaves, _leaves(chosen), strict=True)
+        ]
     )
 
 
@@ -318,7 +330,11 @@ class _Shape:
 
 
 def _states(opt_state: PyTree) -> list[MaskedState]:
-    found = [s for s in jax.tree.leaves(_tree.bare(opt_state), is_leaf=_is_state) if _is_state(s)]
+    found = [
+        s
+        for s in jax.tree.leaves(_tree.bare(opt_state), is_leaf=_is_state)
+        if _is_state(s)
+    ]
     if not found:
         raise ValueError(
             "opt_state: holds no state of jaxprune.masked. Pass what tx.init or tx.update "

@@ -71,14 +71,18 @@ def mask_gradients(grads: PyTree, state: MethodState, params: PyTree) -> PyTree:
     """Gradients of pruned weights are 0, so that their moments stay as they began."""
     del params
     return _tree.map_leaves(
-        lambda g, m: jnp.where(masks.as_bool(m), g, jnp.zeros_like(g)), grads, state.masks
+        lambda g, m: jnp.where(masks.as_bool(m), g, jnp.zeros_like(g)),
+        grads,
+        state.masks,
     )
 
 
 def start(found: PyTree, params: PyTree, own: PyTree = ()) -> MethodState:
     """The state at step 0 with the masks `found`, packed or not."""
     packed = masks.pack(found)
-    info = Info(jnp.bool_(False), kept_counts(packed), _wide.from_int(0), nonfinite(params))
+    info = Info(
+        jnp.bool_(False), kept_counts(packed), _wide.from_int(0), nonfinite(params)
+    )
     return MethodState(jnp.int32(0), packed, info, own)
 
 

@@ -23,7 +23,9 @@ from jaxprune.training._method import (
 )
 from jaxprune.training._roles import Roles
 
-DegreeWeights = Callable[[Float[Array, "*stack fan_in units"]], Float[Array, "*stack units"]]
+DegreeWeights = Callable[
+    [Float[Array, "*stack fan_in units"]], Float[Array, "*stack units"]
+]
 
 
 class NeuroPruneState(NamedTuple):
@@ -154,8 +156,11 @@ def neuroprune(
         found = _map_with_path(
             lambda p, x: jnp.ones_like(x, bool) if p in everything else None, params
         )
-        return start(found, _map_with_path(
-            lambda p, x: x if p in everything else None, params), own)
+        return start(
+            found,
+            _map_with_path(lambda p, x: x if p in everything else None, params),
+            own,
+        )
 
     def update(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
         step = state.step
@@ -181,9 +186,7 @@ def neuroprune(
             scores = {p: jnp.abs(leaves[p]) / c for p, c in factors.items()}
             cuts = _cuts(scores, parts, ahead)
             taus = {p: _select.threshold_value(cut) / every for p, cut in cuts.items()}
-        thresholds = {
-            p: (taus[p] * c).astype(c.dtype) for p, c in factors.items()
-        }
+        thresholds = {p: (taus[p] * c).astype(c.dtype) for p, c in factors.items()}
         return state._replace(own=state.own._replace(thresholds=thresholds))
 
     def drop_heads(state: MethodState, params: PyTree) -> MethodState:
@@ -234,7 +237,9 @@ def neuroprune(
             _wide.interpolate(n, n - round_half_up(final * n), fraction) for n in sizes
         ]
         groups = [i for i, part in enumerate(parts) for _ in part]
-        cuts = _select.cuts([_select.scored(_same, scores[p]) for p in order], kept, groups)
+        cuts = _select.cuts(
+            [_select.scored(_same, scores[p]) for p in order], kept, groups
+        )
         return dict(zip(order, cuts, strict=True))
 
     def project(params: PyTree, state: MethodState) -> PyTree:
@@ -327,16 +332,26 @@ def _matrix(kernel, path, found, roles):
 
 def _unmatrix(c, kernel, path, found, roles):
     layer = next((x for x in found if x.out == path), None)
-    if layer is not None and layer.qkv and kernel.ndim >= 3 and _explicit_out(kernel, roles):
+    if (
+        layer is not None
+        and layer.qkv
+        and kernel.ndim >= 3
+        and _explicit_out(kernel, roles)
+    ):
         return c[..., None, :]  # [..., 1, 1, units]
     return c
 
 
 def _explicit_out(kernel, roles: Roles) -> bool:
     """Whether W_O is `[..., heads, head_dim, d]`: its heads' sizes then make up the rest."""
-    return kernel.ndim >= 3 and kernel.shape[-3] == roles.heads and (
-        kernel.shape[-2] % (roles.heads or 1) != 0 or kernel.ndim == 4
-        or kernel.shape[-2] < kernel.shape[-1]
+    return (
+        kernel.ndim >= 3
+        and kernel.shape[-3] == roles.heads
+        and (
+            kernel.shape[-2] % (roles.heads or 1) != 0
+            or kernel.ndim == 4
+            or kernel.shape[-2] < kernel.shape[-1]
+        )
     )
 
 
@@ -374,7 +389,9 @@ def _head_masks(leaves, alive, roles: Roles) -> dict[str, Bool[Array, "..."]]:
         out |= dict(zip(layer.qkv, joined, strict=True))
         kernel = leaves[layer.out]
         explicit = _roles.has_head_axis(kernels[0], roles.heads or 0)
-        view = _roles.split_out(jnp.ones(kernel.shape, bool), roles.heads, explicit=explicit)
+        view = _roles.split_out(
+            jnp.ones(kernel.shape, bool), roles.heads, explicit=explicit
+        )
         out[layer.out] = (view & stays[:, :, None, None]).reshape(kernel.shape)
     return out
 
@@ -414,10 +431,14 @@ def _check_options(sparsity, strengths, attention, fold, theta, theta_rel, head_
         if value not in allowed:
             raise ValueError(f"{name}: got {value!r}; expected one of {allowed}.")
     if head_every is not None and head_every < 1:
-        raise ValueError(f"head_every: got {head_every}; expected at least 1 step, or None.")
+        raise ValueError(
+            f"head_every: got {head_every}; expected at least 1 step, or None."
+        )
     if theta_rel is not None and theta_rel < 0 or theta is not None and theta < 0:
         raise ValueError(
             f"theta, theta_rel: got {theta}, {theta_rel}; expected a distance of at least 0."
         )
     if theta is None and theta_rel is None and head_every is not None:
-        raise ValueError("theta: got None with head_every; expected theta or theta_rel.")
+        raise ValueError(
+            "theta: got None with head_every; expected theta or theta_rel."
+        )

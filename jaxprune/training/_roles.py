@@ -113,11 +113,18 @@ def layers(roles: Roles, paths: Sequence[str]) -> list[Layer]:
         link for table in (*mlp_in, *mlp_out, *qkv, *out) for link in table
     )
     if not links:
-        raise ValueError("roles: no pattern is given; expected at least mlp_in or query.")
+        raise ValueError(
+            "roles: no pattern is given; expected at least mlp_in or query."
+        )
     found = []
     for link in links:
-        parts = [tuple(t[link] for t in tables if link in t) for tables in (mlp_in, qkv)]
-        for name, tables, part in (("mlp_in", mlp_in, parts[0]), ("qkv", qkv, parts[1])):
+        parts = [
+            tuple(t[link] for t in tables if link in t) for tables in (mlp_in, qkv)
+        ]
+        for name, tables, part in (
+            ("mlp_in", mlp_in, parts[0]),
+            ("qkv", qkv, parts[1]),
+        ):
             if part and len(part) < len(tables):
                 raise ValueError(
                     f"roles: layer {'/'.join(link)!r} has only {_tree.listing(part)} of the "
@@ -131,8 +138,14 @@ def layers(roles: Roles, paths: Sequence[str]) -> list[Layer]:
 
 def degree_paths(roles: Roles, paths: Sequence[str]) -> list[str]:
     """Paths of all matrices under Eq. (1), in the order of the tree."""
-    patterns = [*_patterns(roles.mlp_in), *_patterns(roles.mlp_out), *_patterns(roles.degree)]
-    hits = {p for pattern in patterns for p in _match(pattern, paths, "degree").values()}
+    patterns = [
+        *_patterns(roles.mlp_in),
+        *_patterns(roles.mlp_out),
+        *_patterns(roles.degree),
+    ]
+    hits = {
+        p for pattern in patterns for p in _match(pattern, paths, "degree").values()
+    }
     return [p for p in paths if p in hits]
 
 
@@ -172,7 +185,8 @@ def split_qkv(kernels: Sequence[Array], roles: Roles) -> tuple[Array, Array, Arr
             )
         counts = (heads, groups, groups)
         parts = [
-            split_heads(x, n, explicit=explicit) for x, n in zip(kernels, counts, strict=True)
+            split_heads(x, n, explicit=explicit)
+            for x, n in zip(kernels, counts, strict=True)
         ]
         return parts[0], parts[1], parts[2]
     if has_head_axis(first, heads):  # [..., d, 3, heads, head_dim]

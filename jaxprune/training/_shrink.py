@@ -105,8 +105,10 @@ def _shrink_heads(leaves: dict[str, Any], layer, roles: Roles, notes: list[str])
     biases = None
     if all(p in leaves for p in bias_paths):
         shaped = [leaves[p] for p in bias_paths]
-        rows = [jnp.expand_dims(b, -2 if not explicit else -3 if len(shaped) == 3 else -4)
-                for b in shaped]  # a kernel of one input row
+        rows = [
+            jnp.expand_dims(b, -2 if not explicit else -3 if len(shaped) == 3 else -4)
+            for b in shaped
+        ]  # a kernel of one input row
         biases = _roles.split_qkv(rows, roles)
     stack = q.shape[0]
     silent = np.asarray(jnp.all(out == 0, axis=(2, 3)))  # [stack, heads]
@@ -117,11 +119,15 @@ def _shrink_heads(leaves: dict[str, Any], layer, roles: Roles, notes: list[str])
             notes.append("heads with constant output stay: W_O has no bias to hold it")
             constant = np.zeros_like(constant)
         else:
-            value = jnp.repeat(biases[2][:, 0], n // groups, axis=1)  # [stack, heads, hd]
+            value = jnp.repeat(
+                biases[2][:, 0], n // groups, axis=1
+            )  # [stack, heads, hd]
             moved = jnp.einsum("shd,shdn->sn", value * constant[..., None], out,
                                precision="highest")  # fmt: skip
             bias = leaves[_bias(layer.out)]
-            leaves[_bias(layer.out)] = (bias + moved.reshape(bias.shape)).astype(bias.dtype)
+            leaves[_bias(layer.out)] = (bias + moved.reshape(bias.shape)).astype(
+                bias.dtype
+            )
     alive = (~silent & ~constant).reshape(stack, groups, n // groups)
     out = out * jnp.asarray(~constant, out.dtype)[..., None, None]
     groups_kept = _padded(alive.any(-1))  # [stack, groups kept]
@@ -188,7 +194,9 @@ def _shrink_mlp(leaves: dict[str, Any], layer, activation, notes: list[str]):
     kept = _padded(~dead)
 
     def take(x, axis):
-        taken = [jnp.take(x[i], jnp.asarray(kept[i], int), axis=axis) for i in range(len(x))]
+        taken = [
+            jnp.take(x[i], jnp.asarray(kept[i], int), axis=axis) for i in range(len(x))
+        ]
         return jnp.stack(taken) if stacked else taken[0]
 
     for path, x, b in zip(layer.mlp_in, ins, biases, strict=True):

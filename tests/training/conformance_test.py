@@ -84,7 +84,9 @@ def _gmp_row(name, units, total=False, initial=Fraction(0), **options):
 
     def make(params):
         del params
-        return jp.gmp(FINAL, begin=BEGIN, end=END, every=EVERY, initial=initial, **options)
+        return jp.gmp(
+            FINAL, begin=BEGIN, end=END, every=EVERY, initial=initial, **options
+        )
 
     return pytest.param(Case(make, expected=expected), id=name)
 
@@ -309,7 +311,9 @@ def test_bfloat16_and_nonfinite_weights(case):
         assert jp.get_info(state)["nonfinite"] == 2
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         assert x.dtype == jnp.bfloat16
-        assert jnp.sum(~jnp.isfinite(x)) == (2 if x.shape == leaf[first].shape else 0), path
+        assert jnp.sum(~jnp.isfinite(x)) == (
+            2 if x.shape == leaf[first].shape else 0
+        ), path
     check_zeros(params, jp.get_masks(state))
 
 
@@ -385,9 +389,7 @@ def test_containers(case, wrap):
     assert "dense/kernel" in kept or case.params is not plain_params
     found = jp.get_masks(state)
     check_zeros(nnx.as_pure(params), found)
-    jax.tree.map(
-        np.testing.assert_array_equal, params, jp.sparse_params(params, state)
-    )
+    jax.tree.map(np.testing.assert_array_equal, params, jp.sparse_params(params, state))
     jax.tree.map(np.testing.assert_array_equal, params, jp.masks.apply(params, found))
 
 
@@ -432,8 +434,12 @@ def _injected_inside(method):
 
 
 COMPOSITIONS = [
-    pytest.param(lambda m: optax.MultiSteps(jp.masked(_adam(), m), 2), id="multi-outside"),
-    pytest.param(lambda m: jp.masked(optax.MultiSteps(_adam(), 2), m), id="multi-inside"),
+    pytest.param(
+        lambda m: optax.MultiSteps(jp.masked(_adam(), m), 2), id="multi-outside"
+    ),
+    pytest.param(
+        lambda m: jp.masked(optax.MultiSteps(_adam(), 2), m), id="multi-inside"
+    ),
     pytest.param(_injected_outside, id="inject-outside"),
     pytest.param(_injected_inside, id="inject-inside"),
     pytest.param(_sparse_beside_dense, id="partition-outside"),

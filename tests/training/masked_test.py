@@ -117,7 +117,9 @@ def test_moments_begin_anew_where_masks_change(name):
     ):
         gone = flipped & ~new_mask
         # Adafactor adds 1e-30 to every squared gradient.
-        np.testing.assert_allclose(now[gone], x0[gone], rtol=0, atol=1e-29, err_msg=path)
+        np.testing.assert_allclose(
+            now[gone], x0[gone], rtol=0, atol=1e-29, err_msg=path
+        )
         assert not np.array_equal(now[new_mask], x0[new_mask]), path
         assert np.isfinite(then).all()
 
@@ -236,7 +238,10 @@ def test_frozen_subtrees():
     """Kernels, too, can be frozen, and then have no mask."""
     params = {"body": make_params()["layer"], "head": make_params()["layer"]}
     tx = optax.partition(
-        {"train": jp.masked(optax.adam(0.1), jp.static(0.5)), "keep": optax.set_to_zero()},
+        {
+            "train": jp.masked(optax.adam(0.1), jp.static(0.5)),
+            "keep": optax.set_to_zero(),
+        },
         {"body": "train", "head": "keep"},
     )
     state = tx.init(params)
@@ -246,9 +251,7 @@ def test_frozen_subtrees():
     assert found["head"] is None
     assert jp.get_info(state)["kept"] == {"body/kernel": 64}
     new = optax.apply_updates(params, updates)
-    jax.tree.map(
-        np.testing.assert_array_equal, new, jp.masks.apply(new, found)
-    )
+    jax.tree.map(np.testing.assert_array_equal, new, jp.masks.apply(new, found))
 
 
 def test_two_methods_side_by_side():
@@ -288,7 +291,9 @@ def test_gradients_pass_through_sparse_params():
         pytest.param((jnp.ones((4, 2)), [jnp.ones((2, 8)), jnp.ones(2)]), id="tuple"),
         pytest.param(jnp.ones((4, 2)), id="array"),
         pytest.param({"a": None, "w": jnp.ones((4, 2))}, id="none"),
-        pytest.param({"a": jnp.arange(8).reshape(4, 2), "w": jnp.ones((4, 2))}, id="int"),
+        pytest.param(
+            {"a": jnp.arange(8).reshape(4, 2), "w": jnp.ones((4, 2))}, id="int"
+        ),
     ],
 )
 def test_trees_without_names(params):
@@ -382,7 +387,10 @@ def test_masks_and_where():
     ("method", "where", "message"),
     [
         pytest.param(
-            jp.static(0.5), "*/weight", r"'\*/weight' matches no.*layer/kernel", id="where"
+            jp.static(0.5),
+            "*/weight",
+            r"'\*/weight' matches no.*layer/kernel",
+            id="where",
         ),
         pytest.param(
             jp.gmp(0.4, end=3, structure=jp.NM(3, 5)),
@@ -403,7 +411,10 @@ def test_masks_and_where():
             id="nm-sparsity",
         ),
         pytest.param(
-            jp.static(), None, r"sparsity: got None; expected a number", id="no-sparsity"
+            jp.static(),
+            None,
+            r"sparsity: got None; expected a number",
+            id="no-sparsity",
         ),
     ],
 )
@@ -416,15 +427,21 @@ def test_methods_that_do_not_fit(method, where, message):
     ("options", "message"),
     [
         pytest.param({"sparsity": 0.9}, "end: got None", id="no-end"),
-        pytest.param({"sparsity": 1.0, "end": 3}, r"sparsity: got 1\.0.*\[0, 1\)", id="one"),
+        pytest.param(
+            {"sparsity": 1.0, "end": 3}, r"sparsity: got 1\.0.*\[0, 1\)", id="one"
+        ),
         pytest.param({"sparsity": 90, "end": 3}, "sparsity: got 90", id="percent"),
         pytest.param(
-            {"sparsity": 0.9, "end": 3, "initial": -0.1}, r"initial: got -0\.1", id="initial"
+            {"sparsity": 0.9, "end": 3, "initial": -0.1},
+            r"initial: got -0\.1",
+            id="initial",
         ),
         pytest.param(
             {"sparsity": 0.9, "begin": 5, "end": 3}, "begin=5, end=3", id="backwards"
         ),
-        pytest.param({"sparsity": 0.9, "end": 3, "every": 0}, "every: got 0", id="every"),
+        pytest.param(
+            {"sparsity": 0.9, "end": 3, "every": 0}, "every: got 0", id="every"
+        ),
         pytest.param(
             {"sparsity": jp.schedules.cubic(0.9, 0, 3), "end": 3},
             "a Schedule together with",

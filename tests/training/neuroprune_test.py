@@ -44,7 +44,9 @@ LAYOUTS = [
     pytest.param(layout(fused=True, groups=2), id="fused-grouped-query"),
     pytest.param(layout(stack=2), id="stacked"),
     pytest.param(layout(stack=3, fused=True), id="stacked-fused"),
-    pytest.param(layout(stack=2, explicit=True, groups=2), id="stacked-dense-general-gqa"),
+    pytest.param(
+        layout(stack=2, explicit=True, groups=2), id="stacked-dense-general-gqa"
+    ),
 ]
 
 
@@ -71,8 +73,9 @@ def stored(c, form: Layout):
         attn = {"qkv": {"kernel": jnp.stack([c["q"], c["k"], c["v"]], 1),
                         "bias": jnp.stack([c["bq"], c["bk"], c["bv"]], 0)}}  # fmt: skip
     elif form.fused:
-        kernels, biases = ([flat(c[n]) for n in ns] for ns in (("q", "k", "v"),
-                                                               ("bq", "bk", "bv")))
+        kernels, biases = (
+            [flat(c[n]) for n in ns] for ns in (("q", "k", "v"), ("bq", "bk", "bv"))
+        )
         attn = {"qkv": {"kernel": jnp.concatenate(kernels, -1),
                         "bias": jnp.concatenate(biases, -1)}}  # fmt: skip
     else:
@@ -119,9 +122,13 @@ def attention(layer, form: Layout, x):
     heads = len(out)
     if form.fused and form.explicit:
         kernel, bias = layer["qkv"]["kernel"], layer["qkv"]["bias"]
-        q, k, v = (jnp.einsum("td,dhe->the", x, kernel[:, i]) + bias[i] for i in range(3))
+        q, k, v = (
+            jnp.einsum("td,dhe->the", x, kernel[:, i]) + bias[i] for i in range(3)
+        )
     elif form.fused:
-        y = (x @ layer["qkv"]["kernel"] + layer["qkv"]["bias"]).reshape(len(x), -1, HEAD_DIM)
+        y = (x @ layer["qkv"]["kernel"] + layer["qkv"]["bias"]).reshape(
+            len(x), -1, HEAD_DIM
+        )
         groups = (y.shape[1] - heads) // 2
         q, k, v = jnp.split(y, [heads, heads + groups], axis=1)
     else:
@@ -170,7 +177,9 @@ def test_the_count_at_the_end_is_exact(form, allocation):
         pruned = {p: int((~m).sum()) for p, m in named(masks).items()}
         assert pruned == {p: (7 * n + 5) // 10 for p, n in sizes.items()}
     else:
-        attends = {p for p in sizes if any(n in p for n in ("query", "key", "value", "qkv"))}
+        attends = {
+            p for p in sizes if any(n in p for n in ("query", "key", "value", "qkv"))
+        }
         for part in (attends, sizes.keys() - attends):
             total = sum(sizes[p] for p in part)
             pruned = sum(int((~named(masks)[p]).sum()) for p in part)
@@ -201,7 +210,12 @@ def test_equal_heads_are_folded_and_removed_without_changing_the_function(form):
 
     params = make(form, edit=twins)
     method = jp.neuroprune(
-        strengths=(0.0, 0.0), roles=form.roles, end=9, theta=0.0, head_every=1, eps=1e-30
+        strengths=(0.0, 0.0),
+        roles=form.roles,
+        end=9,
+        theta=0.0,
+        head_every=1,
+        eps=1e-30,
     )
     tx = jp.masked(optax.sgd(0.0), method)
     updates, state = jax.jit(tx.update)(
@@ -259,7 +273,9 @@ def test_a_stack_of_layers_is_treated_as_the_layers_apart(fused):
 
 
 def chex_close(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a, b)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a, b
+    )
 
 
 def test_thresholds_are_spread_over_the_interval_and_follow_the_degree():
@@ -339,7 +355,9 @@ def test_eq_1_polarises_degrees_and_uniform_l1_does_not():
     for reading in ("missing", "uniform"):
         method = jp.neuroprune(0.7, roles=roles, end=30, every=3, reading=reading)
         trained, _ = train(params, method, 32, lr=1e-3)
-        deviation[reading] = float(jp.analysis.degree_deviation(trained["up"]["kernel"]))
+        deviation[reading] = float(
+            jp.analysis.degree_deviation(trained["up"]["kernel"])
+        )
     assert deviation["missing"] > 2 * deviation["uniform"]
 
 
