@@ -87,7 +87,7 @@ def main() -> None:
     cut = data.truncated(builder, length=BUDGET.length)
     console.print(
         f"{BUDGET.steps} steps of {BUDGET.batch} snippets, tested on "
-        f"{len(test['label'])}. The {cut:.0%} of more than {BUDGET.length} tokens are cut."
+        f"{len(test['label'])}; {cut:.0%} are cut to {BUDGET.length} tokens."
     )
     adamw = train.adamw(BUDGET)
     neuroprune = jp.masked(adamw, jp.neuroprune(roles=ROLES, **NEUROPRUNE))
@@ -119,8 +119,8 @@ def main() -> None:
     console.print(f"Accuracy, NeuroPrune - dense: {difference(masked, dense)} points.")
     dead = sum(model.Config().heads) - sum(config.heads)
     console.print(
-        f"Of the {dead} heads removed, {folded} were folded into a similar one; the "
-        f"sparsity silenced the others."
+        f"{dead} heads are gone: {folded} folded into a similar one, {dead - folded} "
+        f"silenced by the sparsity."
     )
     ratio = statistics.median(a / b for a, b in zip(*seconds, strict=True))
     console.print(f"Inference time, dense / shrunk: {ratio:.2f}, a median of pairs.")

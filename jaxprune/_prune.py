@@ -3,9 +3,10 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
+from jax import core
 from jaxtyping import Array, Bool
 
 from jaxprune import _select, _tree, _wide, scores
@@ -140,16 +141,14 @@ def prune(
     made = plan(chosen, sparsity=sparsity, structure=structure, allocation=allocation)
     _, holed, treedef = _tree.flatten(chosen)
     leaves = [x for x in holed if not _tree.is_hole(x)]
-    if callable(score):
-        operands, function = [(x,) for x in leaves], score
-    else:
-        operands, function = [(s,) for s in _matching(score, chosen)], lambda s: s
+    function: Any = score if callable(score) else lambda s: s
+    operands = [(x,) for x in (leaves if callable(score) else _matching(score, chosen))]
 
     def run(operands):
         kept = [_wide.from_int(k) for k in made.kept]
         return decide(made, kept, function, operands)
 
-    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands)):
+    if not any(isinstance(x, core.Tracer) for x in jax.tree.leaves(operands)):
         shardings = [x.sharding if isinstance(x, jax.Array) else None for x in leaves]
         run = jax.jit(
             run, out_shardings=shardings

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import core, lax
 from jaxtyping import Array, Bool, Float, UInt, UInt32
 
 from jaxprune import _wide
@@ -125,13 +125,15 @@ def count(x: Array, test: Callable[[Array], Array]) -> Wide:
 def fold_axis(x: Array) -> int | None:
     """An axis that splits into groups of eight inside every shard, or `None`.
 
-    Where the sharding is not in the type (auto meshes), an axis that keeps at least
-    eight groups is taken, so that usual shard boundaries fall between them. The last
-    axis comes last, because the code then vectorises along it.
+    With several devices the sharding may not be in the type (auto meshes); then an axis
+    that keeps a multiple of eight groups is taken, so that usual shard boundaries fall
+    between them. The last axis comes last, because the code then vectorises along it.
     """
     shards = shard_counts(x)
+    unit = 8 if jax.device_count() == 1 else 64
     for axis in sorted(range(x.ndim), key=lambda a: (a == x.ndim - 1, -x.shape[a])):
-        if x.shape[axis] % 64 == 0 and (x.shape[axis] // 8) % shards[axis] == 0:
+        length = x.shape[axis]
+        if length and length % unit == 0 and (length // 8) % shards[axis] == 0:
             return axis
     return None
 
@@ -139,9 +141,8 @@ def fold_axis(x: Array) -> int | None:
 def shard_counts(x: Array) -> list[int]:
     """Into how many shards each axis of `x` is divided, as far as that can be known."""
     sharding = jax.typeof(x).sharding
-    if not isinstance(
-        x, jax.core.Tracer
-    ):  # on an auto mesh only the array itself knows
+    # On an auto mesh only the array itself knows.
+    if not isinstance(x, core.Tracer):
         sharding = getattr(x, "sharding", sharding)
     counts = [1] * x.ndim
     for axis, names in enumerate(getattr(sharding, "spec", ())):

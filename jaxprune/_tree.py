@@ -32,7 +32,7 @@ def is_hole(x: Any) -> bool:
 
 def flatten(
     tree: PyTree, is_leaf: Callable[[Any], bool] = lambda x: False
-) -> tuple[list[str], list[Any], jax.tree_util.PyTreeDef]:
+) -> tuple[list[str], list[Any], Any]:
     """Flattens `tree` to paths, leaves and a treedef; holes count as leaves.
 
     Paths read `layers/0/attn/query/kernel` for every library: a leading `params/`

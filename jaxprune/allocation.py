@@ -60,7 +60,7 @@ def erk(shapes: Shapes, sparsity: float | Fraction) -> dict[str, Fraction]:
     return {p: Fraction(0) if p in dense else 1 - scale * raw[p] for p in shapes}
 
 
-def exact(sparsity: float | Fraction, name: str = "sparsity") -> Fraction:
+def exact(sparsity: float | Fraction | None, name: str = "sparsity") -> Fraction:
     """The decimal that the caller wrote: 0.9 is nine tenths, not its nearest float.
 
     Example:
@@ -73,7 +73,7 @@ def exact(sparsity: float | Fraction, name: str = "sparsity") -> Fraction:
     """
     if isinstance(sparsity, bool) or not isinstance(sparsity, float | int | Fraction):
         try:
-            sparsity = float(sparsity)
+            sparsity = float(sparsity)  # pyright: ignore[reportArgumentType]
         except Exception as e:
             raise TypeError(
                 f"{name}: got {sparsity!r}; expected a Python number in [0, 1), the share "

@@ -208,7 +208,7 @@ def check(params: PyTree, masks: PyTree) -> PyTree:
     for path, leaf, mask in zip(paths, leaves, mask_leaves, strict=True):
         if mask is None or _tree.is_hole(leaf) or _tree.is_hole(mask):
             continue
-        shape = getattr(mask, "shape", None)
+        shape = getattr(mask, "shape", None) or ()
         is_mask = _is_packed(mask) or getattr(mask, "dtype", None) == jnp.bool_
         if not is_mask:
             raise ValueError(

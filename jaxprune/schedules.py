@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -25,8 +26,8 @@ class Schedule:
       curve: share of the way gone, as a function of the share of time gone.
     """
 
-    initial: float
-    final: float
+    initial: float | Fraction
+    final: float | Fraction
     begin: int
     end: int
     every: int
@@ -43,11 +44,12 @@ class Schedule:
 
     def __call__(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
         """The value at `step`."""
-        value = self.initial + (self.final - self.initial) * self.fraction(step)
+        initial, final = float(self.initial), float(self.final)
+        value = initial + (final - initial) * self.fraction(step)
         # Exact at the ends, which the rounded sum above need not be.
         step = jnp.asarray(step)
-        value = jnp.where(step < self.begin, self.initial, value)
-        return jnp.where(step >= self.end, self.final, value).astype(jnp.float32)
+        value = jnp.where(step < self.begin, initial, value)
+        return jnp.where(step >= self.end, final, value).astype(jnp.float32)
 
     def fraction(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
         """Share of the way from `initial` to `final` that is gone, in [0, 1]."""
@@ -87,7 +89,11 @@ def one_shot(final: float, at: int) -> Schedule:
 
 
 def cubic(
-    final: float, begin: int, end: int, every: int = 1, initial: float = 0.0
+    final: float | Fraction,
+    begin: int,
+    end: int,
+    every: int = 1,
+    initial: float | Fraction = 0.0,
 ) -> Schedule:
     """The cubic ramp of gradual magnitude pruning: fast at first, slow at the end.
 
@@ -135,7 +141,11 @@ def window(
 
 
 def cosine(
-    final: float, begin: int, end: int, every: int = 1, initial: float = 0.0
+    final: float | Fraction,
+    begin: int,
+    end: int,
+    every: int = 1,
+    initial: float | Fraction = 0.0,
 ) -> Schedule:
     """Half a cosine from `initial` to `final`; falls as well as rises.
 

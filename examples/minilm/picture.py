@@ -1,12 +1,12 @@
 """One picture of what pruning left: the links of each neuron, heads and neurons."""
 
 import pathlib
+from fractions import Fraction
 
 import matplotlib.figure
 import matplotlib.patches
-import matplotlib.ticker
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Array, Bool, Int
 
 import jaxprune as jp
 from minilm import model
@@ -33,7 +33,7 @@ def draw(
         path: The file to write.
         title: The line above everything.
     """
-    figure = matplotlib.figure.Figure(figsize=(11, 7.6), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(11, 7.8), layout="constrained")
     figure.suptitle(title, x=0.015, ha="left", fontsize=14, color=_INK)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, hspace=0.06, wspace=0.05)
     (up, down), (heads, neurons) = figure.subplots(2, 2)
@@ -57,23 +57,44 @@ def alive_heads(lm: model.MiniLM) -> Bool[np.ndarray, "layers heads"]:
 
 
 def _degrees(axes, dense: model.MiniLM, pruned: model.MiniLM, name: str, title: str):
-    for lm, label, colour in ((dense, "dense", _BLUE), (pruned, "NeuroPrune", _ORANGE)):
-        kernels = [getattr(layer.mlp, name).kernel[...] for layer in lm.layers]
-        links = np.concatenate([jp.analysis.degrees(x) for x in kernels])
-        spread = np.mean([jp.analysis.degree_deviation(x) for x in kernels])
-        inputs = kernels[0].shape[0]
-        axes.hist(
-            links, bins=np.linspace(0, inputs, _BINS + 1), color=colour, alpha=0.9,
-            label=f"{label}, degree deviation {spread:.1f} %",
-        )  # fmt: skip
-    # Every neuron of the dense model stands in the last bin, and would dwarf the rest.
-    axes.set_yscale("log")
-    axes.set_xlim(0, inputs)
+    """Histograms of NeuroPrune, and of magnitude with as many links in each matrix."""
+    before, after = (
+        {str(i): getattr(x.mlp, name).kernel[...] for i, x in enumerate(lm.layers)}
+        for lm in (dense, pruned)
+    )
+    zeros = {i: Fraction(int((x == 0).sum()), x.size) for i, x in after.items()}
+    control, _ = jp.prune(before, allocation=zeros)
+    inputs = before["0"].shape[0]
+    bins = np.linspace(0, inputs, _BINS + 1)
+    shown = (
+        ("NeuroPrune", after, {"color": _ORANGE}),
+        ("dense, pruned by magnitude", control, {"color": _BLUE, "histtype": "step"}),
+    )
+    highest = 0
+    for label, kernels, style in shown:
+        label = f"{label}: {_deviation(kernels)}"
+        counts, *_ = axes.hist(_links(kernels), bins, label=label, lw=1.6, **style)
+        highest = max(highest, counts.max())
+    links = _links(before)
+    label = f"dense: {_deviation(before)}, all {len(links):,} have {links.mean():,.0f}"
+    axes.axvline(inputs, color=_DIM, lw=2.5, clip_on=False, label=label)
+    axes.set(xlim=(0, inputs), ylim=(0, 1.5 * highest))  # room for the legend
     axes.set_xlabel(f"links kept, of {inputs:,}")
     axes.set_ylabel("neurons" if name == "up" else "outputs")
-    axes.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
-    axes.legend(loc="upper center", frameon=False, labelcolor=_INK)
+    axes.legend(
+        loc="upper left", frameon=False, labelcolor=_INK, title="degree deviation",
+        alignment="left",
+    )  # fmt: skip
     _finish(axes, title)
+
+
+def _links(kernels: dict[str, Array]) -> Int[np.ndarray, "units"]:
+    return np.concatenate([jp.analysis.degrees(x) for x in kernels.values()])
+
+
+def _deviation(kernels: dict[str, Array]) -> str:
+    each = [jp.analysis.degree_deviation(x) for x in kernels.values()]
+    return f"{np.mean(each):.1f} %"
 
 
 def _heads(axes, alive: Bool[np.ndarray, "layers heads"]):

@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._tree import PyTree
@@ -41,7 +42,7 @@ def save(
             f"path: {path} exists already. Choose another folder, one for each step, or "
             "pass overwrite=True."
         )
-    ocp.save(path, tree, overwrite=overwrite)
+    ocp.save(str(path), tree, overwrite=overwrite)
 
 
 def restore(path: str | os.PathLike[str], *, like: PyTree) -> PyTree:
@@ -64,8 +65,8 @@ def restore(path: str | os.PathLike[str], *, like: PyTree) -> PyTree:
         raise FileNotFoundError(
             f"path: {path} is no folder. Pass one that jaxprune.checkpoint.save wrote."
         )
-    _check(ocp.metadata(path).metadata, like, path)
-    return ocp.load(path, jax.tree.map(_abstract, like))
+    _check(ocp.metadata(str(path)).metadata, like, path)
+    return ocp.load(str(path), jax.tree.map(_abstract, like))
 
 
 def _abstract(x: Any) -> Any:
@@ -95,7 +96,8 @@ def _check(saved: PyTree, like: PyTree, path: pathlib.Path) -> None:
         )
     for name, x in wanted.items():
         shape, found = _shape(x), _shape(there[name])
-        is_key = jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key)
+        dtype = getattr(x, "dtype", None)
+        is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
         if shape != found and not is_key:  # a typed key is stored as its words
             raise ValueError(
                 f"like: {name} has shape {shape}, but {path} holds {found}. Restore with "

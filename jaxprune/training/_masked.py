@@ -118,7 +118,7 @@ def masked(
         updates = _emit(updates, params, method, method_state)
         return updates, MaskedState(inner_state, method_state, method.view)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def get_masks(opt_state: PyTree) -> PyTree:

@@ -390,7 +390,7 @@ def _head_masks(leaves, alive, roles: Roles) -> dict[str, Bool[Array, "..."]]:
         kernel = leaves[layer.out]
         explicit = _roles.has_head_axis(kernels[0], roles.heads or 0)
         view = _roles.split_out(
-            jnp.ones(kernel.shape, bool), roles.heads, explicit=explicit
+            jnp.ones(kernel.shape, bool), roles.heads or 0, explicit=explicit
         )
         out[layer.out] = (view & stays[:, :, None, None]).reshape(kernel.shape)
     return out

@@ -101,27 +101,25 @@ def _shrink_heads(leaves: dict[str, Any], layer, roles: Roles, notes: list[str])
     n, groups = roles.heads or 0, roles.groups
     q, k, v = _roles.split_qkv(kernels, roles)  # [stack, d, heads, head_dim]
     out = _roles.split_out(leaves[layer.out], n, explicit=explicit)
-    bias_paths = [_bias(p) for p in layer.qkv]
-    biases = None
-    if all(p in leaves for p in bias_paths):
-        shaped = [leaves[p] for p in bias_paths]
-        rows = [
-            jnp.expand_dims(b, -2 if not explicit else -3 if len(shaped) == 3 else -4)
-            for b in shaped
-        ]  # a kernel of one input row
-        biases = _roles.split_qkv(rows, roles)
+    # A bias is a kernel of one input row; a missing one is a row of zeros.
+    d_axis = -2 if not explicit else -3 if len(kernels) == 3 else -4
+    rows = [
+        jnp.expand_dims(leaves[_bias(p)], d_axis) if _bias(p) in leaves
+        else jnp.zeros_like(jnp.take(x, jnp.array([0]), axis=d_axis))
+        for p, x in zip(layer.qkv, kernels, strict=True)
+    ]  # fmt: skip
+    biases = _roles.split_qkv(rows, roles)
     stack = q.shape[0]
     silent = np.asarray(jnp.all(out == 0, axis=(2, 3)))  # [stack, heads]
     constant = np.asarray(jnp.all(v == 0, axis=(1, 3)))  # [stack, kv heads]
     constant = np.repeat(constant, n // groups, axis=1) & ~silent
-    if constant.any() and biases is not None and np.asarray(biases[2] != 0).any():
+    if constant.any() and np.asarray(biases[2] != 0).any():
         if _bias(layer.out) not in leaves:
             notes.append("heads with constant output stay: W_O has no bias to hold it")
             constant = np.zeros_like(constant)
         else:
-            value = jnp.repeat(
-                biases[2][:, 0], n // groups, axis=1
-            )  # [stack, heads, hd]
+            # [stack, heads, head_dim]
+            value = jnp.repeat(biases[2][:, 0], n // groups, axis=1)
             moved = jnp.einsum("shd,shdn->sn", value * constant[..., None], out,
                                precision="highest")  # fmt: skip
             bias = leaves[_bias(layer.out)]
@@ -130,7 +128,7 @@ def _shrink_heads(leaves: dict[str, Any], layer, roles: Roles, notes: list[str])
             )
     alive = (~silent & ~constant).reshape(stack, groups, n // groups)
     out = out * jnp.asarray(~constant, out.dtype)[..., None, None]
-    groups_kept = _padded(alive.any(-1))  # [stack, groups kept]
+    groups_kept = _padded(np.asarray(alive.any(-1)))  # [stack, groups kept]
     chosen = np.take_along_axis(alive, groups_kept[..., None], axis=1)
     within = _padded(chosen.reshape(-1, n // groups)).reshape(*groups_kept.shape, -1)
     heads_kept = (groups_kept[..., None] * (n // groups) + within).reshape(stack, -1)
@@ -142,16 +140,14 @@ def _shrink_heads(leaves: dict[str, Any], layer, roles: Roles, notes: list[str])
                           for i in range(stack)])  # fmt: skip
 
     kept = (heads_kept, groups_kept, groups_kept)
-    parts = tuple(take(x, i, 1) for x, i in zip((q, k, v), kept, strict=True))
-    joined = _roles.join_qkv(parts, kernels, roles)
-    leaves.update(zip(layer.qkv, joined, strict=True))
-    if biases is not None:
-        parts = tuple(take(x, i, 1) for x, i in zip(biases, kept, strict=True))
-        joined = _roles.join_qkv(parts, rows, roles)
-        shapes = [x.ndim for x in (leaves[p] for p in bias_paths)]
-        for path, x, ndim in zip(bias_paths, joined, shapes, strict=True):
-            axis = -2 if not explicit else -3 if len(bias_paths) == 3 else -4
-            leaves[path] = jnp.squeeze(x, axis) if x.ndim > ndim else x
+    q, k, v = (take(x, i, 1) for x, i in zip((q, k, v), kept, strict=True))
+    leaves.update(
+        zip(layer.qkv, _roles.join_qkv((q, k, v), kernels, roles), strict=True)
+    )
+    q, k, v = (take(x, i, 1) for x, i in zip(biases, kept, strict=True))
+    for path, x in zip(layer.qkv, _roles.join_qkv((q, k, v), rows, roles), strict=True):
+        if _bias(path) in leaves:
+            leaves[_bias(path)] = jnp.squeeze(x, d_axis)
     out = take(out, heads_kept, 0)  # [stack, heads kept, head_dim, d]
     whole = leaves[layer.out]
     if not explicit:

@@ -105,7 +105,9 @@ def make(form: Layout, seed=0, edit=lambda c, i: c):
 def unstacked(params, form: Layout):
     if not form.stack:
         return list(params["layers"].values())
-    return [jax.tree.map(lambda x: x[i], params["layers"]) for i in range(form.stack)]
+    return [
+        jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(form.stack)
+    ]
 
 
 def forward(params, form: Layout, x):
