@@ -250,8 +250,8 @@ def verify(out: pathlib.Path, test: train.Batch) -> None:
     if now != before:
         sys.exit(f"Reloaded, the model says {now}; it said {before}.")
     console.print(
-        f"Reloaded by a new process: the same accuracy, {100 * now[0]:.2f} %, and the "
-        f"same logits, checksum {now[1]}."
+        f"Reloaded in a new process: {100 * now[0]:.2f} %, checksum of the logits "
+        f"{now[1]}. Both are the same."
     )
 
 

@@ -1,6 +1,7 @@
 """Pruning in one shot, and the step from scores to masks that every method shares."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, TypeAlias
@@ -48,25 +49,25 @@ def plan(
     Raises:
       ValueError: if a leaf does not fit the structure, or the sparsity contradicts it.
     """
+    paths, leaves, _ = _tree.flatten(params)
     chosen = [
-        (p, x) for p, x in zip(*_tree.flatten(params)[:2], strict=True)
-        if not _tree.is_hole(x)
-    ]  # fmt: skip
+        (p, x) for p, x in zip(paths, leaves, strict=True) if not _tree.is_hole(x)
+    ]
     paths = tuple(p for p, _ in chosen)
     shapes = {p: tuple(x.shape) for p, x in chosen}
     if sparsity is None and isinstance(structure, NM):
         sparsity = 1 - Fraction(structure.n, structure.m)
     wanted = allocations.allocate(allocation, shapes, sparsity)
     kept = [structure.kept_units(p, x, wanted[p]) for p, x in chosen]
-    if allocation == "global":
-        return Plan(paths, structure, (sum(kept),), (0,) * len(paths))
-    if allocation == "erk" and isinstance(structure, Unstructured):
+    if allocation in ("global", "erk") and isinstance(structure, Unstructured):
         # Rounding leaf by leaf would miss the budget by a few weights.
         sizes = [structure.units(p, x) for p, x in chosen]
         whole = jax.ShapeDtypeStruct((sum(sizes),), "float32")
         budget = structure.kept_units("", whole, allocations.exact(sparsity))
         parts = [(1 - wanted[p]) * n for p, n in zip(paths, sizes, strict=True)]
         kept = allocations.round_to_total(parts, budget)
+    if allocation == "global":
+        return Plan(paths, structure, (sum(kept),), (0,) * len(paths))
     return Plan(paths, structure, tuple(kept), tuple(range(len(paths))))
 
 
@@ -81,19 +82,26 @@ def decide(
     Args:
       plan: which leaves, in which structure and groups.
       kept: units kept in each group, traced or not.
-      score: elementwise score of a leaf, from the arrays given for it.
+      score: scores of a leaf, from the arrays given for it. Where it is elementwise the
+        scores are made anew in every pass over them; otherwise they are stored.
       leaves: the arrays that `score` reads, for each leaf.
+
+    Raises:
+      ValueError: if `score` does not give one floating-point score a weight.
     """
-    scored = [
-        plan.structure.scored(path, score, *xs)
-        for path, xs in zip(plan.paths, leaves, strict=True)
+    scored = []
+    for path, xs in zip(plan.paths, leaves, strict=True):
+        _check_scores(path, jax.eval_shape(score, *xs), xs[0])
+        stored = not _select.is_elementwise(score, *xs)
+        scored.append((_same, (score(*xs),)) if stored else (score, xs))
+    units = [
+        plan.structure.scored(path, f, *xs)
+        for path, (f, xs) in zip(plan.paths, scored, strict=True)
     ]
-    cuts = _select.cuts(scored, kept, plan.groups)
+    cuts = _select.cuts(units, kept, plan.groups)
     return [
-        plan.structure.mask(
-            path, score(*xs), _select.keep(unit.score(*unit.operands), cut)
-        )
-        for path, xs, unit, cut in zip(plan.paths, leaves, scored, cuts, strict=True)
+        plan.structure.mask(path, f(*xs), _select.keep(u.score(*u.operands), cut))
+        for path, (f, xs), u, cut in zip(plan.paths, scored, units, cuts, strict=True)
     ]
 
 
@@ -112,8 +120,8 @@ def prune(
       params: a tree of arrays: linen, NNX state, Equinox, tuples, dicts.
       sparsity: share of the selected weights to prune, in [0, 1). With `NM` it may be
         left out; with a mapping as `allocation` too.
-      score: an elementwise function of one weight array, or a tree of scores. Higher is
-        kept, ties go to the lower index, NaN loses.
+      score: a function of one weight array, or a tree of scores. Higher is kept, ties go
+        to the lower index, NaN loses.
       structure: what is kept or pruned as one.
       allocation: `"uniform"`, `"global"` (one threshold for all leaves), `"erk"`, a
         mapping from path patterns to sparsities, or a function; see
@@ -141,25 +149,52 @@ def prune(
     made = plan(chosen, sparsity=sparsity, structure=structure, allocation=allocation)
     _, holed, treedef = _tree.flatten(chosen)
     leaves = [x for x in holed if not _tree.is_hole(x)]
-    function: Any = score if callable(score) else lambda s: s
-    operands = [(x,) for x in (leaves if callable(score) else _matching(score, chosen))]
-
-    def run(operands):
-        kept = [_wide.from_int(k) for k in made.kept]
-        return decide(made, kept, function, operands)
-
-    if not any(isinstance(x, core.Tracer) for x in jax.tree.leaves(operands)):
-        shardings = [x.sharding if isinstance(x, jax.Array) else None for x in leaves]
-        run = jax.jit(
-            run, out_shardings=shardings
-        )  # the masks lie where the weights do
-    found = iter(run(operands))
-    masks = treedef.unflatten([x if _tree.is_hole(x) else next(found) for x in holed])
+    # A model of Equinox or NNX is a tree and can be called.
+    is_function = callable(score) and jax.tree_util.all_leaves([score])
+    function: Any = score if is_function else _same
+    operands = [(x,) for x in (leaves if is_function else _matching(score, chosen))]
+    kept = [_wide.from_int(k) for k in made.kept]
+    if any(isinstance(x, core.Tracer) for x in jax.tree.leaves((leaves, operands))):
+        found = decide(made, kept, function, operands)
+    else:
+        shardings = tuple(
+            x.sharding if getattr(x, "committed", False) else None for x in leaves
+        )
+        found = _program(made, function, shardings)(kept, operands)
+    new = iter(found)
+    masks = treedef.unflatten([x if _tree.is_hole(x) else next(new) for x in holed])
     return mask_trees.apply(params, masks), masks
+
+
+def _program(plan: Plan, score: Score, shardings: tuple) -> Callable:
+    """`decide` under jit, with the masks where the weights lie."""
+    arguments = dataclasses.replace(plan, kept=()), score, shardings
+    try:
+        hash(arguments)
+    except TypeError:  # a structure with a mapping of axes
+        return _compile(*arguments)
+    # A closure is not kept: it may hold arrays, and the next one will be another.
+    is_closure = getattr(score, "__closure__", ()) is not None
+    return (_compile if is_closure else _compile_once)(*arguments)
+
+
+def _compile(plan: Plan, score: Score, shardings: tuple) -> Callable:
+    def run(kept, leaves):
+        return decide(plan, kept, score, leaves)
+
+    return jax.jit(run, out_shardings=list(shardings))
+
+
+_compile_once = functools.lru_cache(maxsize=32)(_compile)
+
+
+def _same(scores: Array) -> Array:
+    return scores
 
 
 def _matching(scores: PyTree, params: PyTree) -> list[Array]:
     paths, leaves, treedef = _tree.flatten(params)
+    scores = _tree.align(scores, params, lambda x: False)
     try:
         found = treedef.flatten_up_to(scores)
     except ValueError as e:
@@ -167,14 +202,21 @@ def _matching(scores: PyTree, params: PyTree) -> list[Array]:
             "score: its structure is not that of params, which has the leaves "
             f"{_tree.listing(paths)}. Give a function of one array, or a tree of scores."
         ) from e
-    pairs = [
-        (p, x, s) for p, x, s in zip(paths, leaves, found, strict=True)
+    chosen = [
+        (p, x, s)
+        for p, x, s in zip(paths, leaves, found, strict=True)
         if not _tree.is_hole(x)
-    ]  # fmt: skip
-    for path, leaf, score in pairs:
-        if getattr(score, "shape", None) != leaf.shape:
-            raise ValueError(
-                f"score: {path} has shape {getattr(score, 'shape', None)} but the weight "
-                f"has {leaf.shape}; expected one score a weight."
-            )
-    return [s for _, _, s in pairs]
+    ]
+    for path, leaf, score in chosen:
+        _check_scores(path, score, leaf)
+    return [s for _, _, s in chosen]
+
+
+def _check_scores(path: str, scores: Any, leaf: Any) -> None:
+    shape = getattr(scores, "shape", None)
+    if shape != leaf.shape or not _tree.is_float(scores):
+        got = f"{scores.dtype}{list(shape)}" if shape is not None else repr(scores)
+        raise ValueError(
+            f"score: got {got} for {path}; expected a floating-point score for each weight "
+            f"of {list(leaf.shape)}. Give a function of one array, or a tree of arrays."
+        )

@@ -8,7 +8,7 @@ pass needs one all-reduce of a few scalars, and nothing of the scores' size is s
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,12 @@ from jaxprune import _wide
 from jaxprune._wide import Wide
 
 _FIELD = 10  # bits of one of the three counters that share a 32-bit word
+_ELEMENTWISE = frozenset(
+    "abs add and cbrt ceil clamp convert_element_type copy cos div eq erf exp exp2 expm1 "
+    "floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg not or "
+    "pow reduce_precision rem round rsqrt select_n sign sin sqrt square stop_gradient sub "
+    "tanh xor".split()
+)
 _SAMPLE = 1 << 15  # a leaf is thinned out by eights down to this size
 
 
@@ -122,6 +128,22 @@ def count(x: Array, test: Callable[[Array], Array]) -> Wide:
     return Wide(counts.hi[0], counts.lo[0])
 
 
+def ordered(x: Float[Array, "..."]) -> UInt[Array, "..."]:
+    """Unsigned integers in the order of `x`, NaN before everything and -0.0 as 0.0."""
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), _unsigned(x.dtype))
+    sign = _sign(bits.dtype)
+    return jnp.where(x != x, 0, jnp.where(bits & sign != 0, ~bits, bits | sign))
+
+
+def is_elementwise(f: Callable[..., Array], *operands: Array) -> bool:
+    """Whether each element of `f(*operands)` depends only on those at its own place.
+
+    In doubt the answer is no.
+    """
+    closed = jax.make_jaxpr(f)(*operands)
+    return _has_only_elementwise(closed)
+
+
 def fold_axis(x: Array) -> int | None:
     """An axis that splits into groups of eight inside every shard, or `None`.
 
@@ -136,6 +158,23 @@ def fold_axis(x: Array) -> int | None:
         if length and length % unit == 0 and (length // 8) % shards[axis] == 0:
             return axis
     return None
+
+
+def _has_only_elementwise(closed: Any) -> bool:
+    if any(jnp.ndim(c) for c in closed.consts):
+        return False
+    for eqn in closed.jaxpr.eqns:
+        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        name = eqn.primitive.name
+        if inner is not None:
+            if not _has_only_elementwise(inner):
+                return False
+        elif name == "broadcast_in_dim":
+            if eqn.invars[0].aval.shape:
+                return False
+        elif name not in _ELEMENTWISE:
+            return False
+    return True
 
 
 def shard_counts(x: Array) -> list[int]:
@@ -289,8 +328,8 @@ def _tie_ends(
 
         def tests(x, place, i):
             _, is_tie = _above_and_ties(x, found.low[group[i]])
-            before = (_before(*place(), row[i, j], column[i, j]) for j in range(3))
-            return [is_tie & ~b for b in before]
+            r, c = place()
+            return [is_tie & ~_before(r, c, row[i, j], column[i, j]) for j in range(3)]
 
         return _count(at(row), tests)
 
@@ -419,17 +458,24 @@ def _dtype_of(bits: Array, half: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
 
 
 def _bounds(dtype) -> tuple[np.unsignedinteger, np.unsignedinteger]:
-    unsigned = np.dtype(f"uint{jnp.finfo(dtype).bits}")
-    infinity = np.asarray(np.inf, dtype).view(unsigned)[()]
-    sign = unsigned.type(1 << (jnp.iinfo(unsigned).bits - 1))
-    return ~(infinity | sign) - unsigned.type(1), (infinity | sign) + unsigned.type(1)
+    unsigned = _unsigned(dtype)
+    infinity = np.asarray(np.inf, dtype).view(unsigned)[()] | _sign(unsigned)
+    return ~infinity - unsigned.type(1), infinity + unsigned.type(1)
 
 
 def _unordered(bits: Array, dtype) -> Array:
-    sign = bits.dtype.type(1 << (jnp.iinfo(bits.dtype).bits - 1))
+    sign = _sign(bits.dtype)
     return lax.bitcast_convert_type(
         jnp.where(bits & sign != 0, bits & ~sign, ~bits), dtype
     )
+
+
+def _unsigned(dtype) -> np.dtype:
+    return np.dtype(f"uint{jnp.finfo(dtype).bits}")
+
+
+def _sign(unsigned: np.dtype) -> np.unsignedinteger:
+    return unsigned.type(1 << (8 * unsigned.itemsize - 1))
 
 
 def _above_and_ties(scores: Array, threshold: Array) -> tuple[Array, Array]:

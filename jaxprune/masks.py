@@ -56,9 +56,12 @@ def apply(params: PyTree, masks: PyTree) -> PyTree:
     """
     masks = check(params, masks)
     return _tree.map_leaves(
-        lambda w, m: w if m is None else jnp.where(as_bool(m), w, jnp.zeros_like(w)),
-        params, masks,
-    )  # fmt: skip
+        lambda w, m: (
+            w if _tree.is_hole(m) else jnp.where(as_bool(m), w, jnp.zeros_like(w))
+        ),
+        params,
+        masks,
+    )
 
 
 def count(masks: PyTree) -> Count:
@@ -106,6 +109,7 @@ def pack(masks: PyTree) -> PyTree:
       >>> jp.masks.pack(jnp.array([True, False, False, True])).bits.tolist()
       [9]
     """
+    _mask_leaves(masks)
     return jax.tree.map(pack_leaf, masks, is_leaf=_is_packed)
 
 
@@ -126,8 +130,7 @@ def flipped(a: PyTree, b: PyTree) -> int:
       >>> jp.masks.flipped(jnp.array([True, False]), jnp.array([True, True]))
       1
     """
-    pairs = zip(_mask_leaves(a), _mask_leaves(b), strict=True)
-    return sum(int(count_leaf(as_bool(x) ^ as_bool(y))) for x, y in pairs)
+    return sum(int(count_leaf(x ^ y)) for x, y in _pairs(a, b))
 
 
 def overlap(a: PyTree, b: PyTree) -> float:
@@ -138,9 +141,9 @@ def overlap(a: PyTree, b: PyTree) -> float:
       0.5
     """
     both = either = 0
-    for x, y in zip(_mask_leaves(a), _mask_leaves(b), strict=True):
-        both += int(count_leaf(as_bool(x) & as_bool(y)))
-        either += int(count_leaf(as_bool(x) | as_bool(y)))
+    for x, y in _pairs(a, b):
+        both += int(count_leaf(x & y))
+        either += int(count_leaf(x | y))
     return both / either if either else 1.0
 
 
@@ -168,7 +171,7 @@ def summary(params: PyTree, masks: PyTree) -> str:
             continue
         size = math.prod(leaf.shape)
         total += size
-        if mask is None:
+        if _tree.is_hole(mask):
             rows.append((path, str(tuple(leaf.shape)), f"{size:,}", f"{size:,}", "-"))
             continue
         masked, left = masked + size, int(count_leaf(mask))
@@ -206,18 +209,12 @@ def check(params: PyTree, masks: PyTree) -> PyTree:
             "Make them with jaxprune.prune or jaxprune.masks.from_params on these params."
         ) from e
     for path, leaf, mask in zip(paths, leaves, mask_leaves, strict=True):
-        if mask is None or _tree.is_hole(leaf) or _tree.is_hole(mask):
+        if _tree.is_hole(leaf) or _tree.is_hole(mask):
             continue
-        shape = getattr(mask, "shape", None) or ()
-        is_mask = _is_packed(mask) or getattr(mask, "dtype", None) == jnp.bool_
-        if not is_mask:
+        _check_leaf(path, mask)
+        if not hasattr(leaf, "shape") or tuple(mask.shape) != tuple(leaf.shape):
             raise ValueError(
-                f"masks: {path} is {_describe(mask)}; expected a boolean array (True = "
-                "keep), a packed mask or None. Turn scores into masks with w != 0."
-            )
-        if not hasattr(leaf, "shape") or tuple(shape) != tuple(leaf.shape):
-            raise ValueError(
-                f"masks: {path} has shape {tuple(shape)} but the weight is "
+                f"masks: {path} has shape {tuple(mask.shape)} but the weight is "
                 f"{_describe(leaf)}. Make the masks from these params."
             )
     return masks
@@ -243,14 +240,10 @@ def as_bool(mask: Bool[Array, "..."] | PackedMask) -> Bool[Array, "..."]:
         return mask
     if mask.axis is None:
         return mask.bits
-    axis, length = mask.axis, mask.shape[mask.axis]
-    groups = mask.bits.shape[axis]
-    place = jnp.arange(8, dtype=jnp.uint8).reshape(
-        (8,) + (1,) * (mask.bits.ndim - axis - 1)
-    )
-    bits = (jnp.expand_dims(mask.bits, axis + 1) >> place) & 1
-    whole = (*mask.shape[:axis], groups * 8, *mask.shape[axis + 1 :])
-    return lax.slice_in_dim(bits.reshape(whole), 0, length, axis=axis) != 0
+    axis, bits = mask.axis, mask.bits
+    split = (jnp.expand_dims(bits, axis + 1) >> _places(bits.ndim, axis)) & 1
+    whole = (*bits.shape[:axis], bits.shape[axis] * 8, *bits.shape[axis + 1 :])
+    return lax.slice_in_dim(split.reshape(whole), 0, mask.shape[axis], axis=axis) != 0
 
 
 def pack_axis(x: Array) -> int | None:
@@ -277,9 +270,13 @@ def _to_bits(mask: Bool[Array, "..."], axis: int) -> UInt8[Array, "..."]:
         pads = [(0, 0)] * mask.ndim
         pads[axis] = (0, -mask.shape[axis] % 8)
         mask = jnp.pad(mask, pads)
-    groups = _select.split_axis(mask, axis)
-    place = jnp.arange(8, dtype=jnp.uint8).reshape((8,) + (1,) * (mask.ndim - axis - 1))
-    return jnp.sum(groups.astype(jnp.uint8) << place, axis=axis + 1, dtype=jnp.uint8)
+    groups = _select.split_axis(mask, axis).astype(jnp.uint8)
+    return jnp.sum(groups << _places(mask.ndim, axis), axis + 1, dtype=jnp.uint8)
+
+
+def _places(ndim: int, axis: int) -> UInt8[Array, "8 ..."]:
+    """0 to 7, to stand behind `axis` of an array of `ndim` axes."""
+    return jnp.arange(8, dtype=jnp.uint8).reshape(8, *(1,) * (ndim - axis - 1))
 
 
 def count_leaf(mask: Bool[Array, "..."] | PackedMask) -> _wide.Wide:
@@ -295,7 +292,31 @@ def _is_packed(x) -> bool:
 
 
 def _mask_leaves(masks: PyTree) -> list[Array | PackedMask]:
-    return jax.tree.leaves(masks, is_leaf=_is_packed)
+    paths, leaves, _ = _tree.flatten(masks, _is_packed)
+    found = [(p, x) for p, x in zip(paths, leaves, strict=True) if not _tree.is_hole(x)]
+    for path, leaf in found:
+        _check_leaf(path, leaf)
+    return [x for _, x in found]
+
+
+def _check_leaf(path: str, mask) -> None:
+    if not _is_packed(mask) and getattr(mask, "dtype", None) != jnp.bool_:
+        raise ValueError(
+            f"masks: {path} is {_describe(mask)}; expected a boolean array (True = "
+            "keep), a packed mask or None. Turn scores into masks with w != 0."
+        )
+
+
+def _pairs(a: PyTree, b: PyTree) -> list[tuple[Array, Array]]:
+    """The boolean masks of two trees, leaf by leaf."""
+    first, second = _mask_leaves(a), _mask_leaves(b)
+    shapes = [[tuple(x.shape) for x in leaves] for leaves in (first, second)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"masks: two trees that do not match, of the shapes {shapes[0]} and "
+            f"{shapes[1]}. Compare masks of the same parameters."
+        )
+    return [(as_bool(x), as_bool(y)) for x, y in zip(first, second, strict=True)]
 
 
 def _shares(kept: int, size: int) -> tuple[str, str]:

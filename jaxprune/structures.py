@@ -7,7 +7,7 @@ For a two-dimensional Flax kernel these are axes -2 and -1; other layouts say so
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Protocol, TypeAlias
 
@@ -117,13 +117,13 @@ class NM:
 
     def units(self, path: str, leaf: Any) -> int:
         """Number of groups."""
-        shape, axis = _merged_shape(path, leaf.shape, self.axis, "NM")
-        span = self.m * self.stride
-        if shape[axis] % span:
+        axes = self._axes(path, leaf.shape)
+        length, span = math.prod(leaf.shape[a] for a in axes), self.m * self.stride
+        if length % span:
             raise ValueError(
-                f"{path}: {self} does not divide axis {axis} of length {shape[axis]} "
-                f"(shape {tuple(leaf.shape)}); expected a multiple of {span}. Choose another "
-                f"m or axis=, or leave the leaf out with where=['*', '!{path}']."
+                f"{path}: {self} does not divide axis {axes} of length {length} (shape "
+                f"{tuple(leaf.shape)}); expected a multiple of {span}. Choose another m "
+                f"or axis=, or leave the leaf out with where='!{path}'."
             )
         return math.prod(leaf.shape) // self.m
 
@@ -142,33 +142,40 @@ class NM:
         self, path: str, score: Callable[..., Array], *operands: Array
     ) -> _select.Scored:
         """What each group would lose by obeying: the sum of its pruned scores."""
-        grouped, axis = self._grouped(path, score(*operands))
+        grouped, axis, _ = self._grouped(path, score(*operands))
         lost = _upcast(jnp.where(self._keeps(grouped, axis), 0, grouped))
         return _select.stored(jnp.sum(lost, axis + 1))
 
     def mask(self, path: str, scores: Array, kept: Bool[Array, "..."]) -> Array:
         """The best `n` of each group, and all of the groups that stay dense."""
-        grouped, axis = self._grouped(path, scores)
+        grouped, axis, order = self._grouped(path, scores)
         mask = self._keeps(grouped, axis) | jnp.expand_dims(kept, axis + 1)
-        return _unmerge(mask, scores.shape, _axis_of(path, self.axis), axis)
+        return _restore(mask, scores.shape, order)
 
-    def _grouped(self, path: str, x: Array) -> tuple[Array, int]:
+    def _axes(self, path: str, shape) -> tuple[int, ...]:
+        return _resolve(path, self.axis, len(shape), "NM axis")
+
+    def _grouped(self, path: str, x: Array) -> tuple[Array, int, list[int]]:
+        """Views the axis K as groups, and says where it is and how axes were moved.
+
+        Several axes are flattened to one, at the place of the first.
+        """
+        axes = self._axes(path, x.shape)
+        rest = [a for a in range(x.ndim) if a not in axes]
+        at = sum(a < min(axes) for a in rest)
+        order = [*rest[:at], *axes, *rest[at:]]
         # [..., K, ...] -> [..., groups, m, stride, ...]
-        x, axis = _merge(x, _axis_of(path, self.axis))
-        groups = x.shape[axis] // (self.m * self.stride)
-        shape = (*x.shape[:axis], groups, self.m, self.stride, *x.shape[axis + 1 :])
-        return x.reshape(shape), axis
+        groups = math.prod(x.shape[a] for a in axes) // (self.m * self.stride)
+        before, after = ([x.shape[a] for a in part] for part in (rest[:at], rest[at:]))
+        shape = [*before, groups, self.m, self.stride, *after]
+        return x.transpose(order).reshape(shape), at, order
 
     def _keeps(self, grouped: Array, axis: int) -> Bool[Array, "..."]:
-        # The rank of a weight is the number of others that beat it: ties go to the lower
-        # index and NaN loses. Elementwise, so that it fuses; no sort.
-        x = jnp.where(jnp.isnan(grouped), -jnp.inf, grouped)
+        # The rank of a weight is the number of others that beat it: ties go to the
+        # lower index and NaN loses. Elementwise, so that it fuses; no sort.
+        x = _select.ordered(grouped)
         place = lax.broadcasted_iota(jnp.int32, x.shape, axis + 1)
-        rank = (
-            jnp.zeros(x.shape, jnp.uint8)
-            if self.m < 256
-            else jnp.zeros(x.shape, jnp.int32)
-        )
+        rank = jnp.zeros_like(x, jnp.uint8 if self.m < 256 else jnp.int32)
         for j in range(self.m):
             other = lax.slice_in_dim(x, j, j + 1, axis=axis + 1)
             beats = (other > x) | ((other == x) & (j < place))
@@ -219,7 +226,7 @@ class Block:
                 raise ValueError(
                     f"{path}: {self} does not divide its shape {tuple(leaf.shape)}: "
                     f"{name}={extent} against length {length}. Choose a divisor of {length}, "
-                    f"or leave the leaf out with where=['*', '!{path}']."
+                    f"or leave the leaf out with where='!{path}'."
                 )
         return math.prod(leaf.shape) // (self.rows * self.cols)
 
@@ -233,28 +240,31 @@ class Block:
         """The sum of the scores of each block, in float32."""
         scores = score(*operands)
         k_axes, n_axes = self._axes(path, scores.shape)
-        matrix = _as_matrix(scores, k_axes, n_axes)
-        *batch, rows, cols = matrix.shape
-        blocks = matrix.reshape(*batch, rows // self.rows, self.rows, -1, self.cols)
+        moved = scores.transpose(_matrix_order(scores.ndim, k_axes, n_axes))
+        rows, cols = (
+            math.prod(scores.shape[a] for a in axes) for axes in (k_axes, n_axes)
+        )
+        batch = moved.shape[: scores.ndim - len(k_axes) - len(n_axes)]
+        matrix = _upcast(moved.reshape(*batch, rows, cols))
         # Rows first: that adds whole vectors, where a sum over both axes adds numbers.
-        sums = jnp.sum(_upcast(blocks), axis=-3)
-        return _select.stored(jnp.sum(sums, axis=-1))
+        # And one axis at a time: on explicit meshes a reshape may not split two.
+        sums = jnp.sum(_select.split_axis(matrix, len(batch), self.rows), axis=-2)
+        sums = jnp.sum(_select.split_axis(sums, len(batch) + 1, self.cols), axis=-1)
+        return _select.stored(sums)
 
     def mask(self, path: str, scores: Array, kept: Bool[Array, "..."]) -> Array:
         """Each block's decision for all of its weights."""
         k_axes, n_axes = self._axes(path, scores.shape)
-        *batch, rows, cols = kept.shape
-        wide = jnp.broadcast_to(
-            kept[..., :, None, :, None], (*batch, rows, self.rows, cols, self.cols)
+        matrix = _repeat(
+            _repeat(kept, self.rows, kept.ndim - 2), self.cols, kept.ndim - 1
         )
-        matrix = wide.reshape(*batch, rows * self.rows, cols * self.cols)
-        return _from_matrix(matrix, scores.shape, k_axes, n_axes)
+        return _restore(
+            matrix, scores.shape, _matrix_order(scores.ndim, k_axes, n_axes)
+        )
 
     def _axes(self, path: str, shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        k_axes = _normalise(path, _axis_of(path, self.axis), len(shape), "Block axis")
-        n_axes = _normalise(
-            path, _axis_of(path, self.out_axis), len(shape), "Block out_axis"
-        )
+        k_axes = _resolve(path, self.axis, len(shape), "Block axis")
+        n_axes = _resolve(path, self.out_axis, len(shape), "Block out_axis")
         if set(k_axes) & set(n_axes):
             raise ValueError(
                 f"{path}: Block axis={k_axes} and out_axis={n_axes} overlap; expected two "
@@ -303,11 +313,12 @@ class Channel:
         """Each slice's decision for all of its weights."""
         stays = self._axes(path, scores.shape)
         rest = tuple(a for a in range(scores.ndim) if a not in stays)
-        return jnp.broadcast_to(jnp.expand_dims(kept, rest), scores.shape)
+        # Not broadcast_to: the mask must lie on the devices as the weights do.
+        return jnp.expand_dims(kept, rest) & jnp.ones_like(scores, dtype=bool)
 
     def _axes(self, path: str, shape) -> tuple[int, ...]:
-        axes = _normalise(path, _axis_of(path, self.axis), len(shape), "Channel axis")
-        stack = _normalise(path, self.stack_axes, len(shape), "Channel stack_axes")
+        axes = _resolve(path, self.axis, len(shape), "Channel axis")
+        stack = _resolve(path, self.stack_axes, len(shape), "Channel stack_axes")
         return tuple(sorted({*axes, *stack}))
 
 
@@ -319,70 +330,42 @@ def _upcast(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _axis_of(path: str, axis: Axes) -> Axis:
-    if not isinstance(axis, Mapping):
-        return axis
-    found = _tree.lookup(path, axis)
-    if found is None:
-        raise ValueError(
-            f"{path}: no pattern of axis={dict(axis)} matches it. Add one, such as '*': -2."
-        )
-    return found
-
-
-def _normalise(path: str, axis: Axis, ndim: int, name: str) -> tuple[int, ...]:
+def _resolve(path: str, axis: Axes, ndim: int, name: str) -> tuple[int, ...]:
+    """The axes that `axis` means for one leaf, counted from the front."""
+    if isinstance(axis, Mapping):
+        found = _tree.lookup(path, axis)
+        if found is None:
+            raise ValueError(
+                f"{path}: no pattern of {name}={dict(axis)} matches it. Add one, such as "
+                "'*': -2."
+            )
+        axis = found
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     if any(not -ndim <= a < ndim for a in axes):
         raise ValueError(
             f"{path}: {name}={axis} is outside a leaf of {ndim} axes. Give its axis by "
             f"pattern, as in axis={{{path!r}: 0, '*': -2}}."
         )
-    return tuple(a % ndim for a in axes)
+    axes = tuple(a % ndim for a in axes)
+    if len(set(axes)) < len(axes):
+        raise ValueError(
+            f"{path}: {name}={axis} names an axis twice; expected different ones."
+        )
+    return axes
 
 
-def _merged_shape(path, shape, axis, name):
-    axes = _normalise(path, _axis_of(path, axis), len(shape), f"{name} axis")
-    if len(axes) == 1:
-        return list(shape), axes[0]
-    rest = [a for a in range(len(shape)) if a not in axes]
-    at = sum(a < min(axes) for a in rest)
-    merged = [shape[a] for a in rest]
-    merged.insert(at, math.prod(shape[a] for a in axes))
-    return merged, at
+def _matrix_order(ndim: int, k_axes, n_axes) -> list[int]:
+    batch = [a for a in range(ndim) if a not in (*k_axes, *n_axes)]
+    return [*batch, *k_axes, *n_axes]
 
 
-def _merge(x: Array, axis: Axis) -> tuple[Array, int]:
-    """Flattens several axes to one, at the place of the first."""
-    if isinstance(axis, int):
-        return x, axis % x.ndim
-    shape, at = _merged_shape("", x.shape, axis, "")
-    rest = [a for a in range(x.ndim) if a not in {a % x.ndim for a in axis}]
-    order = [*rest[:at], *(a % x.ndim for a in axis), *rest[at:]]
-    return x.transpose(order).reshape(shape), at
+def _repeat(x: Array, times: int, axis: int) -> Array:
+    before, after = x.shape[: axis + 1], x.shape[axis + 1 :]
+    x = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), (*before, times, *after))
+    return x.reshape(*before[:-1], before[-1] * times, *after)
 
 
-def _unmerge(mask: Array, shape, axis: Axis, at: int) -> Array:
-    """Undoes `_merge`, and the grouping of its axis, for a mask."""
-    if isinstance(axis, int):
-        return mask.reshape(shape)
-    ndim = len(shape)
-    axes = [a % ndim for a in axis]
-    rest = [a for a in range(ndim) if a not in axes]
-    order = [*rest[:at], *axes, *rest[at:]]
-    mask = mask.reshape([shape[a] for a in order])
-    return mask.transpose([order.index(a) for a in range(ndim)])
-
-
-def _as_matrix(x: Array, k_axes, n_axes) -> Array:
-    batch = [a for a in range(x.ndim) if a not in (*k_axes, *n_axes)]
-    x = x.transpose([*batch, *k_axes, *n_axes])
-    return x.reshape(
-        *x.shape[: len(batch)], math.prod(x.shape[len(batch) : -len(n_axes)]), -1
-    )
-
-
-def _from_matrix(matrix: Array, shape, k_axes, n_axes) -> Array:
-    batch = [a for a in range(len(shape)) if a not in (*k_axes, *n_axes)]
-    order = [*batch, *k_axes, *n_axes]
-    out = matrix.reshape([shape[a] for a in order])
-    return out.transpose([order.index(a) for a in range(len(shape))])
+def _restore(x: Array, shape, order: Sequence[int]) -> Array:
+    """Undoes a transposition by `order` and any reshape behind it."""
+    x = x.reshape([shape[a] for a in order])
+    return x.transpose([order.index(a) for a in range(len(shape))])

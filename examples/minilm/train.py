@@ -113,11 +113,11 @@ def fit(
         stream.set_state(jax.tree.map(int, tree["stream"]))
 
     with _progress() as progress:
-        bar = progress.add_task(title, total=budget.steps, completed=done, loss=np.nan)
+        bar = progress.add_task(title, total=budget.steps, completed=done, loss="")
         while done < budget.steps:
             params, opt_state, loss = step(params, opt_state, next(stream))
             done += 1
-            progress.update(bar, advance=1, loss=float(loss))
+            progress.update(bar, advance=1, loss=f"loss {float(loss):.3f}")
             if done % budget.save_every == 0 or done == budget.steps:
                 tree = _tree(params, opt_state, done, stream)
                 jp.checkpoint.save(out / f"{done:08d}", tree)
@@ -168,7 +168,7 @@ def _progress() -> rich.progress.Progress:
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
-        rich.progress.TextColumn("loss {task.fields[loss]:.3f}"),
+        rich.progress.TextColumn("{task.fields[loss]}"),
         rich.progress.TimeElapsedColumn(),
         rich.progress.TimeRemainingColumn(),
     )
