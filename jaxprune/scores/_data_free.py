@@ -1,5 +1,7 @@
 """Scores that need no data: magnitude, chance, and first-order saliency."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
@@ -12,7 +14,7 @@ def magnitude(params: PyTree) -> PyTree:
     """`|w|`.
 
     Args:
-      params: an array or a tree of them; `None` leaves stay.
+      params: an array or a tree of them; what is no array of floats stays as it is.
 
     Returns:
       Scores of the same shapes and dtypes.
@@ -24,14 +26,15 @@ def magnitude(params: PyTree) -> PyTree:
     References:
       Han et al., Learning both Weights and Connections, arXiv 1506.02626.
     """
-    return _tree.map_leaves(jnp.abs, params)
+    return _map_floats(jnp.abs, params)
 
 
 def random(params: PyTree, *, key: Key[Array, ""]) -> PyTree:
     """Uniform scores in [0, 1), float32, independent of the weights.
 
     Args:
-      params: an array or a tree of them, of which only shapes matter.
+      params: an array or a tree of them, of which only shapes matter; what is no array
+        of floats stays as it is.
       key: made by `jax.random.key`; the scores of a leaf depend on it and on the place
         of the leaf in the tree.
 
@@ -41,7 +44,7 @@ def random(params: PyTree, *, key: Key[Array, ""]) -> PyTree:
     """
     _, leaves, treedef = _tree.flatten(params)
     draws = [
-        x if _tree.is_hole(x) else _draw(jax.random.fold_in(key, i), x)
+        _draw(jax.random.fold_in(key, i), x) if _tree.is_float(x) else x
         for i, x in enumerate(leaves)
     ]
     return treedef.unflatten(draws)
@@ -51,7 +54,7 @@ def saliency(params: PyTree, grads: PyTree) -> PyTree:
     """`|w g|`, what removing the weight changes in the loss to first order.
 
     Args:
-      params: an array or a tree of them.
+      params: an array or a tree of them; what is no array of floats stays as it is.
       grads: gradients of the loss, of the same structure.
 
     Returns:
@@ -66,7 +69,13 @@ def saliency(params: PyTree, grads: PyTree) -> PyTree:
       Convolutional Neural Networks for Resource Efficient Inference,
       arXiv 1611.06440, Eq. (7), there for activations.
     """
-    return _tree.map_leaves(_saliency, params, grads)
+    return _map_floats(_saliency, params, grads)
+
+
+def _map_floats(f: Callable[..., Array], params: PyTree, *rest: PyTree) -> PyTree:
+    return _tree.map_leaves(
+        lambda x, *xs: f(x, *xs) if _tree.is_float(x) else x, params, *rest
+    )
 
 
 def _saliency(w: Float[Array, "..."], g: Float[Array, "..."]) -> Float[Array, "..."]:
