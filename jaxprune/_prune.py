@@ -127,7 +127,8 @@ def prune(
         mapping from path patterns to sparsities, or a function; see
         `jaxprune.allocation.allocate`.
       where: which leaves may be pruned: a function `(path, leaf) -> bool`, or glob
-        patterns of which the last match decides and `!` excludes. By default all
+        patterns of which the last match decides and `!` excludes; if the first excludes,
+        they change the default choice, as `"!head/*"` does. By default all
         floating-point leaves of two or more axes that are no bias, scale, norm statistic
         or embedding table.
 
@@ -149,8 +150,10 @@ def prune(
     made = plan(chosen, sparsity=sparsity, structure=structure, allocation=allocation)
     _, holed, treedef = _tree.flatten(chosen)
     leaves = [x for x in holed if not _tree.is_hole(x)]
-    # A model of Equinox or NNX is a tree and can be called.
-    is_function = callable(score) and jax.tree_util.all_leaves([score])
+    # A model of Equinox or NNX can be called, too, but is a tree of scores.
+    is_function = isinstance(score, jax.tree_util.Partial) or (
+        callable(score) and jax.tree_util.all_leaves([score])
+    )
     function: Any = score if is_function else _same
     operands = [(x,) for x in (leaves if is_function else _matching(score, chosen))]
     kept = [_wide.from_int(k) for k in made.kept]

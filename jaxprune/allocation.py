@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Literal, TypeAlias
 
+import numpy as np
+
 from jaxprune import _tree
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
@@ -44,7 +46,7 @@ def erk(shapes: Shapes, sparsity: float | Fraction) -> dict[str, Fraction]:
       distribution); Mocanu et al., arXiv 1707.04780, Eq. (3).
     """
     budget = (1 - exact(sparsity)) * sum(math.prod(s) for s in shapes.values())
-    raw = {p: Fraction(sum(s), math.prod(s)) for p, s in shapes.items()}
+    raw = {p: Fraction(sum(s or (1,)), max(math.prod(s), 1)) for p, s in shapes.items()}
     dense: set[str] = set()
     while True:
         free = [p for p in shapes if p not in dense]
@@ -71,23 +73,27 @@ def exact(sparsity: float | Fraction | None, name: str = "sparsity") -> Fraction
       ValueError: if it is outside [0, 1).
       TypeError: if it is no number.
     """
-    if isinstance(sparsity, bool) or not isinstance(sparsity, float | int | Fraction):
-        try:
-            sparsity = float(sparsity)  # pyright: ignore[reportArgumentType]
-        except Exception as e:
-            raise TypeError(
-                f"{name}: got {sparsity!r}; expected a Python number in [0, 1), the share "
-                "of weights to prune. Counts are computed exactly, before tracing."
-            ) from e
-    valid = 0 <= sparsity < 1
+    try:
+        # NumPy writes a float32 as the shortest decimal that means it, too.
+        number = (
+            sparsity if isinstance(sparsity, Fraction) else np.asarray(sparsity)[()]
+        )
+        written = str(number)
+        valid = bool(0 <= number < 1)
+        is_number = not isinstance(number, np.ndarray)
+    except (TypeError, ValueError):
+        written, valid, is_number = repr(sparsity), False, False
+    if not is_number:
+        raise TypeError(
+            f"{name}: got {written}; expected a Python number in [0, 1), the share of "
+            "weights to prune. Counts are computed exactly, before tracing."
+        )
     if not valid:
         raise ValueError(
-            f"{name}: got {sparsity}; expected a share of weights to prune in [0, 1). For "
-            f"90 % write 0.9."
+            f"{name}: got {written}; expected a share of weights to prune in [0, 1). For "
+            "90 % write 0.9."
         )
-    return (
-        sparsity if isinstance(sparsity, Fraction) else Fraction(repr(float(sparsity)))
-    )
+    return Fraction(written)
 
 
 def allocate(

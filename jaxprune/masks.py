@@ -154,12 +154,12 @@ def summary(params: PyTree, masks: PyTree) -> str:
 
     Example:
       >>> print(jp.masks.summary({"w": jnp.ones(4)}, {"w": jnp.arange(4) < 1}))
-      leaf   shape  weights  kept  sparsity
-      -------------------------------------
-      w      (4,)         4     1   75.00 %
-      -------------------------------------
-      masked              4     1   75.00 %
-      all                 4     1   75.00 %
+      leaf    shape  weights  kept  sparsity
+      --------------------------------------
+      w       (4,)         4     1   75.00 %
+      --------------------------------------
+      masked               4     1   75.00 %
+      all                  4     1   75.00 %
     """
     masks = check(params, masks)
     paths, leaves, treedef = _tree.flatten(params)

@@ -34,6 +34,13 @@ class Schedule:
     curve: Callable[[Array], Array]
 
     def __post_init__(self) -> None:
+        for name in ("begin", "end", "every"):
+            steps = getattr(self, name)
+            if not hasattr(steps, "__index__"):
+                raise TypeError(
+                    f"{name}: got {steps!r}; expected a whole number of training steps, "
+                    "written as an int."
+                )
         if not 0 <= self.begin <= self.end:
             raise ValueError(
                 f"begin, end: got begin={self.begin}, end={self.end}; expected "

@@ -145,6 +145,15 @@ def test_groups_of_large_and_small_leaves(kind):
         _check(leaves, kept, (0, 0, 1, 0))
 
 
+@pytest.mark.parametrize("shape", [(8, 5003), (3, 40, 700), (33, 2000)], ids=str)
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+def test_shapes_that_fold_on_one_device_only(shape, kind, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    x = jnp.asarray(_draw(kind, shape))
+    for k in (0, x.size // 3, x.size):
+        _check([x], [k], (0,))
+
+
 def test_empty_leaf():
     _check([jnp.zeros((0, 4)), jnp.ones((2, 3))], [0, 2], (0, 1))
     _check([jnp.zeros((0, 4)), jnp.ones((2, 3))], [4], (0, 0))

@@ -29,7 +29,8 @@ def save(
       FileExistsError: if the folder exists and `overwrite` is False.
 
     Example:
-      >>> path = tmp_path / "checkpoint"
+      >>> import pathlib, tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "checkpoint"
       >>> jp.checkpoint.save(path, {"w": jnp.arange(3)})
       >>> jp.checkpoint.restore(path, like={"w": jnp.zeros(3, int)})["w"].tolist()
       [0, 1, 2]

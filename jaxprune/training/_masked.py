@@ -204,8 +204,9 @@ def _join(a: PyTree, b: PyTree) -> PyTree:
 
 def _frozen(found: PyTree) -> Method:
     def init(params: PyTree) -> MethodState:
-        fitting = masks.check(params, found)
-        return start(_tree.map_leaves(lambda _, m: m, params, fitting), params)
+        packed = masks.pack(masks.check(params, found))
+        own = jax.tree.map(jnp.copy, packed)  # a state may be donated, `found` may not
+        return start(_tree.map_leaves(lambda _, m: m, params, own), params)
 
     return Method(init, advance, mask_gradients, None, masks.apply)
 

@@ -178,7 +178,10 @@ def split_qkv(kernels: Sequence[Array], roles: Roles) -> tuple[Array, Array, Arr
     first = kernels[0]
     if len(kernels) == 3:
         explicit = has_head_axis(first, heads)
-        if not explicit and (first.shape[-1] % heads or kernels[1].shape[-1] % groups):
+        if not explicit and (
+            first.shape[-1] % heads
+            or kernels[1].shape[-1] * heads != first.shape[-1] * groups
+        ):
             raise ValueError(
                 f"roles: query of shape {first.shape} and key of shape {kernels[1].shape} do "
                 f"not divide into {heads} and {groups} heads; check heads and kv_heads."

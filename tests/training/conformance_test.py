@@ -317,6 +317,30 @@ def test_bfloat16_and_nonfinite_weights(case):
     check_zeros(params, jp.get_masks(state))
 
 
+@pytest.mark.parametrize("case", ONE_OF_EACH)
+def test_vmap(case):
+    """Models side by side, each with masks of its own."""
+    models = [case.params(), jax.tree.map(jnp.flip, case.params())]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *models)
+    tx = jp.masked(optax.sgd(0.1), case.make(models[0]))
+
+    def run(params):
+        def body(i, carry):
+            params, state = carry
+            updates, state = tx.update(gradients(params, i), state, params)
+            return optax.apply_updates(params, updates), state
+
+        return jax.lax.fori_loop(0, BEGIN + 2, body, (params, tx.init(params)))[0]
+
+    together = jax.jit(jax.vmap(run))(stacked)
+    alone = [jax.jit(run)(params) for params in models]
+    for i, params in enumerate(alone):
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6),
+            together, params,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("case", LARGE)
 def test_large_leaves(case):
     """Leaves large enough to be sampled and folded while the threshold is searched."""

@@ -312,6 +312,21 @@ def test_scanned_layers():
     assert (groups.sum(2) == 2).all()
 
 
+@pytest.mark.parametrize(
+    "pack", [jp.masks.pack, lambda masks: masks], ids=["packed", "bool"]
+)
+def test_fixed_masks_outlive_a_donated_state(pack):
+    params = {"odd": jnp.ones((3, 5)), "layer": make_params()["layer"]}
+    fixed = pack(
+        {"odd": jnp.ones((3, 5), bool), "layer": {"kernel": make_mask(1), "bias": None}}
+    )
+    tx = jp.masked(optax.sgd(0.1), fixed)
+    update = jax.jit(tx.update, donate_argnums=1)
+    for _ in range(2):
+        _, state = update(params, tx.init(params), params)
+    np.testing.assert_array_equal(_kernel(jp.get_masks(state)), make_mask(1))
+
+
 def test_where_chooses_leaves():
     params = {"a": make_params()["layer"], "b": make_params()["layer"]}
     tx = jp.masked(optax.sgd(0.1), jp.static(0.5), where=["*/kernel", "!b/*"])

@@ -1,0 +1,362 @@
+"""Pruning in one shot: every choice of score, structure, allocation and container."""
+
+import functools
+import math
+import re
+from fractions import Fraction
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxprune as jp
+from jaxprune import _prune
+
+
+def _params():
+    keys = jax.random.split(jax.random.key(0), 3)
+    return {
+        "a": {"kernel": jax.random.normal(keys[0], (16, 24)), "bias": jnp.ones(24)},
+        "c": {"kernel": 3 * jax.random.normal(keys[1], (24, 8))},
+        "table": {"embedding": jax.random.normal(keys[2], (5, 16))},
+    }
+
+
+WEIGHTS = {"a": 16 * 24, "c": 24 * 8}
+
+
+def _keep(size, sparsity):
+    return size - math.floor(Fraction(str(sparsity)) * size + Fraction(1, 2))
+
+
+def _top(scores, k):
+    flat = np.asarray(scores).ravel()
+    mask = np.zeros(flat.size, bool)
+    mask[np.argsort(-flat, stable=True)[:k]] = True
+    return mask.reshape(np.shape(scores))
+
+
+def _check(params, pruned, masks, expected):
+    for name, mask in expected.items():
+        np.testing.assert_array_equal(masks[name]["kernel"], mask)
+        kernel = np.where(mask, params[name]["kernel"], 0)
+        np.testing.assert_array_equal(pruned[name]["kernel"], kernel)
+    assert masks["a"]["bias"] is None and masks["table"]["embedding"] is None
+    assert pruned["a"]["bias"] is params["a"]["bias"]
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.3, 0.9, 0.999, Fraction(1, 3)], ids=str)
+def test_uniform(sparsity):
+    params = _params()
+    pruned, masks = jp.prune(params, sparsity)
+    expected = {
+        p: _top(np.abs(params[p]["kernel"]), _keep(n, sparsity))
+        for p, n in WEIGHTS.items()
+    }
+    _check(params, pruned, masks, expected)
+
+
+def test_global():
+    params = _params()
+    # 0.55 of 384 and of 192 are rounded in the same direction; together exactly.
+    pruned, masks = jp.prune(params, 0.55, allocation="global")
+    both = np.concatenate([np.abs(params[p]["kernel"]).ravel() for p in WEIGHTS])
+    mask = np.split(_top(both, _keep(both.size, 0.55)), [WEIGHTS["a"]])
+    expected = {
+        p: m.reshape(params[p]["kernel"].shape)
+        for p, m in zip(WEIGHTS, mask, strict=True)
+    }
+    _check(params, pruned, masks, expected)
+
+
+def test_global_counts_are_of_the_whole():
+    params = {str(i): {"kernel": jnp.ones((1, 3))} for i in range(10)}
+    _, masks = jp.prune(params, 0.5, allocation="global")  # 1.5 of each three
+    assert jp.masks.count(masks) == (15, 30)
+
+
+def test_erk():
+    params = _params()
+    pruned, masks = jp.prune(params, 0.7, allocation="erk")
+    shapes = {p: params[p]["kernel"].shape for p in WEIGHTS}
+    shares = jp.allocation.erk(shapes, 0.7)
+    sizes = [(1 - shares[p]) * n for p, n in WEIGHTS.items()]
+    counts = jp.allocation.round_to_total(sizes, _keep(sum(WEIGHTS.values()), 0.7))
+    expected = {
+        p: _top(np.abs(params[p]["kernel"]), k)
+        for p, k in zip(WEIGHTS, counts, strict=True)
+    }
+    _check(params, pruned, masks, expected)
+
+
+@pytest.mark.parametrize(
+    "allocation",
+    [
+        {"*": 0.5, "c/*": 0.25},
+        lambda shapes, s: {p: s / s.bit_length() for p in shapes},
+    ],
+    ids=["mapping", "function"],
+)
+def test_sparsity_by_leaf(allocation):
+    params = _params()
+    if callable(allocation):
+        allocation = lambda shapes, s: {p: s / (1 + ("c/" in p)) for p in shapes}  # noqa: E731
+        pruned, masks = jp.prune(params, 0.5, allocation=allocation)
+    else:
+        pruned, masks = jp.prune(params, allocation=allocation)
+    expected = {
+        p: _top(np.abs(params[p]["kernel"]), _keep(WEIGHTS[p], s))
+        for p, s in (("a", 0.5), ("c", 0.25))
+    }
+    _check(params, pruned, masks, expected)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global", "erk"])
+@pytest.mark.parametrize(
+    "structure",
+    [jp.Unstructured(), jp.NM(1, 4), jp.Block(4, 4), jp.Channel()],
+    ids=lambda s: type(s).__name__,
+)
+def test_every_structure_with_every_allocation(structure, allocation):
+    params = _params()
+    pruned, masks = jp.prune(params, 0.5, structure=structure, allocation=allocation)
+    kept, total = jp.masks.count(masks)
+    assert total == sum(WEIGHTS.values())
+    if isinstance(structure, jp.Channel):  # channels of two lengths: count those
+        kept = sum(int(masks[p]["kernel"].any(0).sum()) for p in WEIGHTS)
+        total = sum(masks[p]["kernel"].shape[1] for p in WEIGHTS)
+    slack = {"Unstructured": 0, "NM": 3, "Block": 16, "Channel": 1}
+    assert abs(kept - total / 2) <= slack[type(structure).__name__]
+    again, masks_again = jp.prune(
+        pruned, 0.5, structure=structure, allocation=allocation
+    )
+    assert jp.masks.flipped(masks, masks_again) == 0
+    jax.tree.map(np.testing.assert_array_equal, pruned, again)
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        jp.scores.magnitude,
+        jnp.square,
+        jax.jit(lambda w: -w),
+        functools.partial(jnp.add, 1.0),
+        jax.tree_util.Partial(jnp.add, 1.0),
+        lambda w: jnp.where(w > 0, jnp.tanh(w), jax.nn.relu(-w) / 3),
+        lambda w: jnp.abs(w) / jnp.linalg.norm(w, axis=0),
+        lambda w: jnp.cumsum(w, axis=0),
+        lambda w: w[::-1],
+        lambda w: jnp.abs(w) * np.arange(256)[:, None],
+        lambda w: jax.random.uniform(jax.random.key(0), w.shape),
+        lambda w: jax.lax.broadcasted_iota(jnp.float32, w.shape, 0) - w,
+    ],
+)
+@pytest.mark.parametrize("shape", [(256, 6), (256, 512)], ids=["small", "large"])
+def test_score_functions(score, shape):
+    w = jax.random.normal(jax.random.key(1), shape)
+    _, masks = jp.prune({"kernel": w}, 0.8, score=score)
+    expected = _top(jax.jit(score)(w), _keep(w.size, 0.8))
+    np.testing.assert_array_equal(masks["kernel"], expected)
+
+
+def test_score_trees():
+    params = _params()
+    scores = jp.scores.random(params, key=jax.random.key(7))
+    scores["table"] = None  # what is not pruned needs no score
+    pruned, masks = jp.prune(params, 0.5, score=scores)
+    expected = {p: _top(scores[p]["kernel"], n // 2) for p, n in WEIGHTS.items()}
+    _check(params, pruned, masks, expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
+def test_low_precision(dtype):
+    w = jnp.asarray(jax.random.normal(jax.random.key(1), (64, 32)), dtype)
+    pruned, masks = jp.prune({"kernel": w}, 0.9)
+    assert pruned["kernel"].dtype == dtype
+    scores = np.abs(np.asarray(w.astype(jnp.float32)))
+    np.testing.assert_array_equal(masks["kernel"], _top(scores, _keep(w.size, 0.9)))
+
+
+def test_float64():
+    with jax.enable_x64(True):
+        w = 1 + np.random.default_rng(0).permutation(64).reshape(8, 8) * 2.0**-50
+        _, masks = jp.prune({"kernel": jnp.asarray(w)}, 0.75)
+        np.testing.assert_array_equal(masks["kernel"], _top(w, 16))
+
+
+def test_nonfinite_weights_lose_and_become_zero():
+    w = jnp.array([[jnp.nan, 1.0, -jnp.inf], [jnp.nan, 2.0, 0.0]])
+    pruned, masks = jp.prune({"kernel": w}, 0.5)
+    assert masks["kernel"].tolist() == [[False, True, True], [False, True, False]]
+    assert pruned["kernel"].tolist() == [[0, 1, -math.inf], [0, 2, 0]]
+
+
+def test_numpy():
+    params = jax.tree.map(np.asarray, _params())
+    pruned, masks = jp.prune(params, 0.5)
+    expected = {
+        p: _top(np.abs(params[p]["kernel"]), n // 2) for p, n in WEIGHTS.items()
+    }
+    _check(params, pruned, masks, expected)
+
+
+def test_inside_jit_and_grad():
+    params = _params()
+    expected = jp.prune(params, 0.5)
+    jitted = jax.jit(lambda p: jp.prune(p, 0.5))(params)
+    jax.tree.map(np.testing.assert_array_equal, jitted, expected)
+
+    def loss(p):  # the scores are no part of what is traced
+        return jp.prune(p, 0.5, score=jp.scores.magnitude(params))[0]["c"][
+            "kernel"
+        ].sum()
+
+    grads = jax.grad(loss)(params)
+    np.testing.assert_array_equal(grads["c"]["kernel"], expected[1]["c"]["kernel"])
+
+
+def test_linen():
+    params = nn.Dense(8).init(jax.random.key(0), jnp.ones((1, 4)))
+    pruned, masks = jp.prune(params, 0.5)
+    assert (pruned["params"]["kernel"] != 0).sum() == 16
+    assert masks["params"]["bias"] is None
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["state", "module"])
+def test_nnx(whole):
+    model = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
+    params = model if whole else nnx.state(model, nnx.Param)
+    pruned, masks = jp.prune(params, 0.5)
+    kernel = pruned.kernel if whole else pruned["kernel"]
+    assert (kernel[...] != 0).sum() == 16 and type(kernel) is nnx.Param
+    assert jp.masks.count(masks) == (16, 32)
+    again = jp.masks.apply(params, masks)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    if not whole:
+        scores = nnx.to_pure_dict(jp.scores.magnitude(params))
+        _, same = jp.prune(params, 0.5, score=scores)
+        assert jp.masks.flipped(masks, same) == 0
+
+
+def test_equinox():
+    model = eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0))
+    pruned, masks = jp.prune(model, 0.5)
+    assert pruned(jnp.ones(4)).shape == (2,)
+    assert jp.masks.count(masks) == (24, 48)
+    # A tree of scores that can be called is a tree.
+    scores = jp.scores.random(model, key=jax.random.key(0))
+    _, masks = jp.prune(model, 0.5, score=scores)
+    expected = _top(scores.layers[0].weight, 16)
+    np.testing.assert_array_equal(masks.layers[0].weight, expected)
+
+
+def test_holes():
+    params = {"w": jnp.ones((2, 2)), "n": None, "m": optax.MaskedNode()}
+    pruned, masks = jp.prune(params, 0.5)
+    assert pruned["n"] is None and pruned["m"] == optax.MaskedNode()
+    assert masks["n"] is None and masks["m"] == optax.MaskedNode()
+    assert masks["w"].tolist() == [[True, True], [False, False]]
+
+
+def test_one_array_and_tuples():
+    assert jp.prune(jnp.array([[1.0, 2.0]]), 0.5)[0].tolist() == [[0, 2]]
+    pruned, _ = jp.prune((jnp.array([[1.0, 2.0]]), [jnp.array([[3.0, 1.0]])]), 0.5)
+    assert jax.tree.map(lambda x: x.tolist(), pruned) == ([[0, 2]], [[[3, 0]]])
+
+
+@pytest.mark.parametrize("context", [False, True], ids=["plain", "set_mesh"])
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=str)
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_sharding_stays(allocation, axis_type, context):
+    params = _params()
+    _, expected = jp.prune(params, 0.5, allocation=allocation)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
+    sharding = NamedSharding(mesh, P("x", None))
+    for name in WEIGHTS:
+        params[name]["kernel"] = jax.device_put(params[name]["kernel"], sharding)
+    if context:
+        with jax.set_mesh(mesh):
+            pruned, masks = jp.prune(params, 0.5, allocation=allocation)
+    else:
+        pruned, masks = jp.prune(params, 0.5, allocation=allocation)
+    for name in WEIGHTS:
+        for tree in (pruned, masks):
+            assert tree[name]["kernel"].sharding.is_equivalent_to(sharding, 2)
+    jax.tree.map(np.testing.assert_array_equal, masks, expected)
+
+
+def test_masks_are_no_more_bound_to_a_device_than_weights():
+    _, masks = jp.prune(_params(), 0.5)
+    assert not masks["a"]["kernel"].committed
+    mixed = _params()
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, P("x", None))
+    mixed["a"]["kernel"] = jax.device_put(mixed["a"]["kernel"], sharding)
+    _, found = jp.prune(mixed, 0.5, allocation="global")
+    _, expected = jp.prune(_params(), 0.5, allocation="global")
+    assert jp.masks.flipped(jax.device_get(found), jax.device_get(expected)) == 0
+
+
+def test_a_second_call_does_not_compile_again():
+    params = _params()
+    _prune._compile_once.cache_clear()
+    for sparsity in (0.1, 0.5, 0.9):
+        jp.prune(params, sparsity)
+    assert _prune._compile_once.cache_info()[:2] == (2, 1)  # hits, misses
+    jp.prune(params, 0.5, score=lambda w, x=params: w)  # no closure
+    size = _prune._compile_once.cache_info().currsize
+    jp.prune(params, 0.5, score=lambda w: w + params["a"]["bias"][0])
+    jp.prune(params, structure=jp.NM(1, 2, axis={"*": 0}))
+    assert _prune._compile_once.cache_info().currsize == size
+
+
+PARAMS = {"a": {"kernel": jnp.ones((4, 4))}, "bias": jnp.ones(4)}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({}, ValueError, "sparsity: got None; expected a number in [0, 1) with"),
+        ({"sparsity": 90}, ValueError, "sparsity: got 90; expected a share of weights to "
+         "prune in [0, 1). For 90 % write 0.9."),
+        ({"sparsity": 1.0}, ValueError, "sparsity: got 1.0; expected a share"),
+        ({"sparsity": math.nan}, ValueError, "sparsity: got nan; expected a share"),
+        ({"sparsity": "high"}, TypeError, "sparsity: got 'high'; expected a Python number"),
+        ({"sparsity": 0.5, "allocation": "even"}, ValueError, "allocation: got 'even'"),
+        ({"sparsity": 0.5, "where": "b/*"}, ValueError, "where: the pattern 'b/*' matches"),
+        ({"sparsity": 0.5, "where": 1}, TypeError, "where: got 1; expected None"),
+        ({"sparsity": 0.9, "structure": jp.NM(2, 4)}, ValueError, "a/kernel: sparsity 0.9 "
+         "contradicts NM(n=2, m=4, axis=-2, stride=1), which prunes 0.5"),
+        ({"sparsity": 0.5, "score": {"a": 1}}, ValueError, "score: its structure is not "
+         "that of params, which has the leaves a/kernel, bias. Give a function"),
+        ({"sparsity": 0.5, "score": {"a": {"kernel": None}, "bias": None}}, ValueError,
+         "score: got None for a/kernel; expected a floating-point score for each weight of "
+         "[4, 4]. Give a function of one array, or a tree of arrays."),
+        ({"sparsity": 0.5, "score": {"a": {"kernel": jnp.ones(4)}, "bias": None}},
+         ValueError, "score: got float32[4] for a/kernel"),
+        ({"sparsity": 0.5, "score": jax.tree.map(lambda x: x > 0, PARAMS)}, ValueError,
+         "score: got bool[4, 4] for a/kernel"),
+        ({"sparsity": 0.5, "score": lambda w: w.sum()}, ValueError, "score: got float32[]"),
+        ({"sparsity": 0.5, "score": lambda w: w > 0}, ValueError, "score: got bool[4, 4]"),
+        ({"sparsity": 0.5, "score": lambda w: None}, ValueError, "score: got None for"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(options, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        jp.prune(PARAMS, **options)
+
+
+def test_nothing_to_prune():
+    with pytest.raises(
+        ValueError, match="selects no leaf to prune. The floating-point"
+    ):
+        jp.prune({"bias": jnp.ones(3)}, 0.5)
+    with pytest.raises(ValueError, match=r"The floating-point leaves are: \(none\)"):
+        jp.prune({"step": 3}, 0.5)
