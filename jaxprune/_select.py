@@ -92,7 +92,7 @@ def cuts(
     everything, nothing = _wide.from_ints(sizes), _wide.from_ints([0] * len(sizes))
     start = _Range(bottom, top, everything, nothing)
     probes = _bracket(at, dtype, sizes, group, members, targets, start)
-    found = _search(count, targets, members, start, probes)
+    found = _search(count, targets, members, start, dtype=dtype, probes=probes)
 
     ends = np.asarray([_rows_columns(s.shape) for s in shapes], np.uint32).T
     excess = _wide.subtract(_wide.sums(members, found.at_low), targets)
@@ -211,6 +211,8 @@ def _search(
     targets: Wide,
     members: np.ndarray,
     start: _Range,
+    *,
+    dtype: jnp.dtype | None = None,
     probes: Array | None = None,
 ) -> _Range:
     """Narrows the range of each group to one threshold, or to the exact count.
@@ -221,6 +223,7 @@ def _search(
       targets: wanted count of each group. Where it is 0, `end` is the answer.
       members: which leaves are in a group, `[groups, leaves]`.
       start: the range to search.
+      dtype: the float whose ordered bits are searched; `None` for plain integers.
       probes: the thresholds to try first.
     """
     group = np.argmax(members, axis=0)
@@ -232,8 +235,23 @@ def _search(
             [at.low + i * quarter + ((i * rest) >> 2) for i in (1, 2, 3)], axis=-1
         )
 
+    def interpolated(at: _Range) -> Array:
+        """Around the place of the target, were the elements spread evenly."""
+        low, end = at.low[:, None], at.end[:, None]
+        before, after = (_wide.sums(members, n) for n in (at.at_low, at.at_end))
+        inside = jnp.maximum(_wide.subtract(before, after).to_float(), 1)
+        share = _wide.saturating_subtract(before, targets).to_float() / inside
+        # Two standard deviations; at least a 32nd, for what is not spread evenly.
+        apart = jnp.clip(2 * jnp.sqrt(share * (1 - share) / inside), 1 / 32, 1 / 4)
+        shares = jnp.stack([share - apart, share, share + apart], axis=-1)
+        first, last = (_value(x, dtype) for x in (low, end))
+        guess = _place(first + jnp.clip(shares, 0, 1) * (last - first), dtype)
+        guess = jnp.clip(guess, low + 1, end - 1)
+        return jnp.where(jnp.isfinite(last - first), guess, quarters(at))
+
     def narrow(state):
         at, probes = state
+        width = at.end - at.low
         counts = count(probes)
         enough = ~_wide.less(
             _wide.sums(members, counts), jax.tree.map(lambda x: x[:, None], targets)
@@ -249,7 +267,9 @@ def _search(
                 _wide.where(raised[group], counts_at, at.at_low),
                 _wide.where(lowered[group], counts_at, at.at_end),
             )
-        return at, quarters(at)
+        # Whatever the scores, two passes divide the range by four.
+        fast = at.end - at.low <= width >> 2
+        return at, jnp.where(fast[:, None], interpolated(at), quarters(at))
 
     def unfinished(state):
         at, _ = state
@@ -288,9 +308,15 @@ def _bracket(at, dtype, sizes, group, members, targets, start) -> Array | None:
         counts = _count_from(samples, _unordered(thresholds, dtype)[group])
         return _wide.shift_left(counts, shifts)
 
-    lower, upper = lax.map(lambda w: _search(count, w, members, start).low, wanted)
+    lower, upper = lax.map(
+        lambda w: _search(count, w, members, start, dtype=dtype).low, wanted
+    )
+    # Right behind the lower one: it may be a score that many share, above all 0, whose
+    # next is the smallest normal number where others are taken for 0.
+    tiny = ordered(jnp.asarray(jnp.finfo(dtype).tiny, dtype))
+    second = jnp.where(lower == ordered(jnp.zeros((), dtype)), tiny, lower + 1)
     upper = upper + (upper < start.end)
-    return jnp.stack([lower, lower + ((upper - lower) >> 1), upper], axis=-1)
+    return jnp.stack([lower, second, upper], axis=-1)
 
 
 def _sample(leaf: Scored) -> tuple[Scored, int]:
@@ -407,7 +433,7 @@ def _count_by_folds(score, operands, axis, tests) -> Wide:
         )
 
     first = masks(0)
-    word = lax.fori_loop(0, ways, add, jnp.zeros_like(first[0], jnp.uint32))
+    word = lax.fori_loop(0, ways, add, jnp.zeros_like(first[0], jnp.uint32), unroll=4)
     size = word.size * ways
     if (again := fold_axis(word)) is not None:  # now at most 8 * 32 in a field
         word = jnp.sum(split_axis(word, again), again + 1, dtype=jnp.uint32)
@@ -468,6 +494,16 @@ def _unordered(bits: Array, dtype) -> Array:
     return lax.bitcast_convert_type(
         jnp.where(bits & sign != 0, bits & ~sign, ~bits), dtype
     )
+
+
+def _value(bits: Array, dtype) -> Array:
+    if dtype is None:
+        return bits.astype(jnp.float32)
+    return _unordered(bits, dtype).astype(jnp.promote_types(dtype, jnp.float32))
+
+
+def _place(value: Array, dtype) -> Array:
+    return value.astype(jnp.uint32) if dtype is None else ordered(value.astype(dtype))
 
 
 def _unsigned(dtype) -> np.dtype:

@@ -142,14 +142,29 @@ class NM:
         self, path: str, score: Callable[..., Array], *operands: Array
     ) -> _select.Scored:
         """What each group would lose by obeying: the sum of its pruned scores."""
-        grouped, axis, _ = self._grouped(path, score(*operands))
-        lost = _upcast(jnp.where(self._keeps(grouped, axis), 0, grouped))
-        return _select.stored(jnp.sum(lost, axis + 1))
+        views = [self._grouped(path, x) for x in operands]
+        axis = views[0][1]
+        if self.m > 8:
+            grouped = score(*(x for x, _, _ in views))
+            lost = _upcast(jnp.where(self._keeps(grouped, axis), 0, grouped))
+            return _select.stored(_merge(jnp.sum(lost, axis + 1), axis))
+        # Member by member, which vectorises and stores nothing but the sums.
+        members = [
+            score(*(lax.index_in_dim(x, j, axis + 1, False) for x, _, _ in views))
+            for j in range(self.m)
+        ]
+        ranks = _ranks([_select.ordered(x) for x in members])
+        lost = [
+            jnp.where(rank < self.n, 0, _upcast(x))
+            for rank, x in zip(ranks, members, strict=True)
+        ]
+        return _select.stored(_merge(sum(lost[1:], lost[0]), axis))
 
     def mask(self, path: str, scores: Array, kept: Bool[Array, "..."]) -> Array:
         """The best `n` of each group, and all of the groups that stay dense."""
         grouped, axis, order = self._grouped(path, scores)
-        mask = self._keeps(grouped, axis) | jnp.expand_dims(kept, axis + 1)
+        places = *grouped.shape[: axis + 1], 1, *grouped.shape[axis + 2 :]
+        mask = self._keeps(grouped, axis) | kept.reshape(places)
         return _restore(mask, scores.shape, order)
 
     def _axes(self, path: str, shape) -> tuple[int, ...]:
@@ -320,6 +335,22 @@ class Channel:
         axes = _resolve(path, self.axis, len(shape), "Channel axis")
         stack = _resolve(path, self.stack_axes, len(shape), "Channel stack_axes")
         return tuple(sorted({*axes, *stack}))
+
+
+def _merge(x: Array, axis: int) -> Array:
+    """Makes one of `axis` and the next."""
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _ranks(members: Sequence[Array]) -> list[Array]:
+    """How many of the others beat each one; ties go to the earlier."""
+    ranks = [jnp.zeros(x.shape, jnp.uint8) for x in members]
+    for j, later in enumerate(members):
+        for i, earlier in enumerate(members[:j]):
+            wins = earlier >= later
+            ranks[j] += wins.astype(jnp.uint8)
+            ranks[i] += (~wins).astype(jnp.uint8)
+    return ranks
 
 
 def _keep(units: int, sparsity: Fraction) -> int:
