@@ -127,33 +127,6 @@ def kept_heads(dominating: Bool[Array, "heads heads"]) -> Bool[Array, "heads"]:
     return ~jnp.any(_others(dominating), axis=1)
 
 
-def merge_matrix(
-    dominating: Bool[Array, "heads heads"],
-) -> Float[Array, "heads heads"]:
-    """Matrix that folds heads: `new = M @ old` along the head axis.
-
-    Args:
-      dominating: from `find_dominating`.
-
-    Returns:
-      Float32, with `M[j, i]` 1 where head `i` is folded into head `j`, and `M[i, i]` 1
-      where head `i` is kept. Rows of removed heads are zero.
-
-    Raises:
-      TypeError: if `dominating` is not boolean.
-      ValueError: if `dominating` is not a square matrix.
-
-    Example:
-      >>> merge_matrix(jnp.array([[True, True], [False, True]]))
-      Array([[0., 0.],
-             [1., 1.]], dtype=float32)
-
-    References:
-      Dhurandhar et al., NeuroPrune, arXiv 2404.01306, algorithm 2, step 4.
-    """
-    return _merges(dominating).astype(jnp.float32)
-
-
 def fold_heads(
     out: Float[Array, "heads head_dim d"], dominating: Bool[Array, "heads heads"]
 ) -> Float[Array, "heads head_dim d"]:
@@ -195,7 +168,7 @@ def fold_heads(
         )
     wide = jnp.promote_types(out.dtype, jnp.float32)
 
-    # Not `merge_matrix @ out`: there a NaN in one head would reach all of them through
+    # Not a product of matrices: there a NaN in one head would reach all of them through
     # 0 * NaN, and matrix units may round float32 inputs.
     def add(i, folded):
         into = jnp.expand_dims(merges[:, i], (1, 2))  # [heads, 1, 1]

@@ -35,13 +35,14 @@ class NeuroPruneState(NamedTuple):
       thresholds: soft threshold of each step, by leaf; one number a unit (a column of a
         matrix under Eq. 1) or a row (of Q, K and V under Eq. 2), broadcast to the leaf.
       alive: heads not yet removed, `[stack, heads]`, by layer.
-      fold: matrices `[stack, heads, heads]` that fold W_O at this step, by layer.
+      fold: which head stands in for which at this step, `[stack, heads, heads]`, by
+        layer; see `find_dominating`.
       folding: whether this step folds.
     """
 
     thresholds: dict[str, Float[Array, "..."]]
     alive: dict[str, Bool[Array, "stack heads"]]
-    fold: dict[str, Float[Array, "stack heads heads"]]
+    fold: dict[str, Bool[Array, "stack heads heads"]]
     folding: Bool[Array, ""]
 
 
@@ -147,7 +148,7 @@ def neuroprune(
             q, *_ = _roles.split_qkv([leaves[p] for p in layer.qkv], roles)
             stack, heads = q.shape[0], q.shape[2]
             alive[layer.name] = jnp.ones((stack, heads), bool)
-            identity[layer.name] = jnp.tile(jnp.eye(heads), (stack, 1, 1))
+            identity[layer.name] = jnp.tile(jnp.eye(heads, dtype=bool), (stack, 1, 1))
             everything += [p for p in (*layer.qkv, layer.out) if p not in everything]
         own = NeuroPruneState(
             {p: jnp.zeros_like(c) for p, c in factors.items()},
@@ -308,6 +309,7 @@ def _factors(leaves, parts, roles, weigh, attention) -> dict[str, Array]:
         rows = [x.reshape(*x.shape[: 2 if stacked else 1], -1) for x in kernels]
         ones = jnp.ones(rows[0].shape[:-1], jnp.float32)
         c = ones if attention == "l1" else penalties.sqrt_l1_slope(rows)
+        c = jnp.where(jnp.isnan(c), 0, c)  # a row with NaN is left alone
         for path, kernel in zip(layer.qkv, kernels, strict=True):
             out[path] = c.reshape(*c.shape, *(1,) * (kernel.ndim - c.ndim))
     return out
@@ -363,14 +365,14 @@ def _by_head(qkv, roles: Roles):
 
 
 def _redundant(qkv, alive, theta, theta_rel):
-    """Heads that stay, and the matrix that folds the others into them; one layer."""
+    """Heads that stay, and which one stands in for which; one layer."""
     distance = _heads.head_distance(qkv)
     if theta_rel is not None:
         theta = theta_rel * jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in qkv]))
     similar = (distance <= theta) & alive[:, None] & alive[None, :]
     dominating = _heads.find_dominating(similar)
     # The rows of heads removed earlier are zero, so that folding them again is harmless.
-    return alive & _heads.kept_heads(dominating), _heads.merge_matrix(dominating)
+    return alive & _heads.kept_heads(dominating), dominating
 
 
 def _head_masks(leaves, alive, roles: Roles) -> dict[str, Bool[Array, "..."]]:
@@ -396,16 +398,14 @@ def _head_masks(leaves, alive, roles: Roles) -> dict[str, Bool[Array, "..."]]:
     return out
 
 
-def _fold(kernel, matrices, roles: Roles, fold: str):
-    """Applies `[stack, heads, heads]` folds to W_O, or to the rows of L_in."""
-    heads = roles.heads or 0
-    view = kernel.reshape(matrices.shape[0], heads, -1, kernel.shape[-1])
-    wide = jnp.promote_types(kernel.dtype, jnp.float32)
-    out = jnp.einsum(
-        "sji,sidn->sjdn", matrices.astype(wide), view.astype(wide),
-        precision=lax.Precision.HIGHEST,
-    )  # fmt: skip
-    return out.astype(kernel.dtype).reshape(kernel.shape)
+def _fold(kernel, dominating, roles: Roles, fold: str):
+    """Folds the heads of W_O, or the rows of L_in; in each layer of a stack."""
+    stack, units = len(dominating), kernel.shape[-1]
+    if fold == "mlp":
+        rows = kernel.reshape(stack, -1, units)
+        return jax.vmap(_heads.fold_into_mlp)(rows, dominating).reshape(kernel.shape)
+    heads = kernel.reshape(stack, roles.heads or 0, -1, units)
+    return jax.vmap(_heads.fold_heads)(heads, dominating).reshape(kernel.shape)
 
 
 def _bools(packed: PyTree) -> PyTree:

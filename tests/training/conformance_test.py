@@ -42,6 +42,20 @@ def plain_params():
     }
 
 
+def transformer_params():
+    """One layer of a transformer, four heads."""
+    keys = iter(jax.random.split(jax.random.key(0), 12))
+
+    def dense(*shape):
+        return {
+            "kernel": jax.random.normal(next(keys), shape) / 4,
+            "bias": jax.random.normal(next(keys), shape[1:]),
+        }
+
+    attention = {name: dense(16, 16) for name in ("query", "key", "value", "out")}
+    return {"layer": {"attn": attention, "up": dense(16, 32), "down": dense(32, 16)}}
+
+
 class Case(NamedTuple):
     """A row of the table.
 
@@ -50,11 +64,13 @@ class Case(NamedTuple):
       params: nested dictionaries of arrays, float32.
       expected: weights kept by each leaf, or by all together, after an update at a step,
         from the shapes of the masked leaves; `None` where it depends on the values.
+      first: the first step after which some weights are pruned.
     """
 
     make: Callable[[Any], Any]
     params: Callable[[], Any] = plain_params
     expected: Callable[[dict, int], dict | int] | None = None
+    first: int = BEGIN + 2
 
 
 def _gone(step):
@@ -120,10 +136,35 @@ def _weights(shape):
     return math.prod(shape), 1, 0
 
 
+def _neuroprune_row(name, expected=None, **options):
+    roles = jp.Roles(
+        mlp_in="*/up/kernel", mlp_out="*/down/kernel", query="*/attn/query/kernel",
+        key="*/attn/key/kernel", value="*/attn/value/kernel", out="*/attn/out/kernel",
+        heads=4,
+    )  # fmt: skip
+
+    def make(params):
+        del params
+        return jp.neuroprune(
+            FINAL, roles=roles, begin=BEGIN, end=END, every=EVERY, **options
+        )
+
+    return pytest.param(Case(make, transformer_params, expected, END), id=name)
+
+
+def _by_part(shapes, step):
+    """Half of the MLP and half of Q, K, V, all at the end."""
+    attention = sum(math.prod(s) for p, s in shapes.items() if "/attn/" in p)
+    mlp = sum(math.prod(s) for p, s in shapes.items() if "/attn/" not in p)
+    pruned = math.floor(mlp * FINAL) + math.floor(attention * 3 // 4 * FINAL)
+    return attention + mlp - (pruned if step >= END else 0)
+
+
 FROZEN = pytest.param(Case(_every_other_weight, expected=_constant), id="frozen")
 STATIC = pytest.param(Case(lambda _: jp.static(FINAL), expected=_constant), id="static")
 GMP = _gmp_row("gmp", _weights)
 NM = _gmp_row("gmp-nm", lambda s: (math.prod(s) // 4, 4, 2), structure=jp.NM(2, 4))
+HEADS = _neuroprune_row("neuroprune-heads", head_every=3, theta=None, theta_rel=0.9)
 METHODS = [
     FROZEN,
     STATIC,
@@ -148,9 +189,11 @@ METHODS = [
         lambda s: (s[-1], math.prod(s) // s[-1], 0),
         structure=jp.Channel(),
     ),
+    _neuroprune_row("neuroprune", _by_part),
+    HEADS,
 ]
 # Where only the shape of the state matters: a row for each kind of it.
-ONE_OF_EACH = [FROZEN, GMP]
+ONE_OF_EACH = [FROZEN, GMP, HEADS]
 LARGE = [STATIC, GMP, NM]
 
 
@@ -177,6 +220,14 @@ def _host(tree):
     return jax.tree.map(np.array, tree)
 
 
+class History(NamedTuple):
+    """A jitted run whose buffers are donated: the moments before and after each step."""
+
+    tx: Any
+    step: Callable
+    moments: list
+
+
 class Moment(NamedTuple):
     """Everything after one step, on the host."""
 
@@ -192,7 +243,6 @@ def case(request):
 
 @pytest.fixture(scope="module")
 def history(case):
-    """A jitted run whose buffers are donated: the moments before and after each step."""
     params = case.params()
     tx = jp.masked(optax.adamw(0.1, weight_decay=0.1), case.make(params))
 
@@ -206,18 +256,16 @@ def history(case):
     for i in range(STEPS):
         params, state, updates = step(params, state, i)
         moments.append(Moment(*map(_host, (params, state, updates))))
-    return tx, moments
+    return History(tx, step, moments)
 
 
-def test_pruned_weights_are_zero_after_every_step(history):
-    _, moments = history
-    for moment in moments[1 + BEGIN + 2 :]:
+def test_pruned_weights_are_zero_after_every_step(case, history):
+    for moment in history.moments[1 + case.first :]:
         check_zeros(moment.params, jp.get_masks(moment.state))
 
 
 def test_counts_are_exact_at_every_step(case, history):
-    _, moments = history
-    for i, moment in enumerate(moments):
+    for i, moment in enumerate(history.moments):
         found, info = jp.get_masks(moment.state), jp.get_info(moment.state)
         by_path, shapes = {}, {}
         for path, mask in jax.tree_util.tree_leaves_with_path(found):
@@ -235,8 +283,7 @@ def test_counts_are_exact_at_every_step(case, history):
 
 
 def test_churn_is_what_changed(history):
-    _, moments = history
-    for before, after in itertools.pairwise(moments):
+    for before, after in itertools.pairwise(history.moments):
         flipped = jp.masks.flipped(
             jp.get_masks(before.state), jp.get_masks(after.state)
         )
@@ -245,8 +292,7 @@ def test_churn_is_what_changed(history):
 
 
 def test_only_weights_are_masked(history):
-    _, moments = history
-    found = jp.get_masks(moments[-1].state)
+    found = jp.get_masks(history.moments[-1].state)
     for path, mask in jax.tree_util.tree_leaves_with_path(
         found, is_leaf=lambda x: x is None
     ):
@@ -254,26 +300,25 @@ def test_only_weights_are_masked(history):
 
 
 def test_leaves_without_mask_train_as_without_the_method(case, history):
-    _, moments = history
+    last = history.moments[-1]
     params = case.params()
     inner = optax.adamw(0.1, weight_decay=0.1)
     state = inner.init(params)
     for i in range(STEPS):
         updates, state = jax.jit(inner.update)(gradients(params, i), state, params)
         params = optax.apply_updates(params, updates)
-    found = jp.get_masks(moments[-1].state)
+    found = jp.get_masks(last.state)
     for mask, ours, plain in zip(
-        _arrays(found), _arrays(moments[-1].params), _arrays(params), strict=True
+        _arrays(found), _arrays(last.params), _arrays(params), strict=True
     ):
         if mask is None and plain is not None:
             np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_eager_equals_jit(history):
-    tx, moments = history
-    before, after = moments[BEGIN : BEGIN + 2]
+    before, after = history.moments[BEGIN : BEGIN + 2]
     params, state = jax.tree.map(jnp.asarray, (before.params, before.state))
-    updates, state = tx.update(gradients(params, BEGIN), state, params)
+    updates, state = history.tx.update(gradients(params, BEGIN), state, params)
     jax.tree.map(
         np.testing.assert_array_equal, jp.get_masks(state), jp.get_masks(after.state)
     )
@@ -284,9 +329,25 @@ def test_eager_equals_jit(history):
     )  # fmt: skip
 
 
+def test_checkpoint_in_mid_cycle(case, history, tmp_path):
+    """Saved between two mask updates, restored into a fresh state: the same bits on."""
+    halfway = BEGIN + EVERY + 2
+    saved = jax.tree.map(jnp.asarray, history.moments[halfway])
+    jp.checkpoint.save(tmp_path / "run", {"params": saved.params, "state": saved.state})
+    params = case.params()
+    like = jax.eval_shape(lambda: {"params": params, "state": history.tx.init(params)})
+    tree = jp.checkpoint.restore(tmp_path / "run", like=like)
+    params, state = tree["params"], tree["state"]
+    for i in range(halfway, STEPS):
+        params, state, _ = history.step(params, state, i)
+    last = history.moments[-1]
+    jax.tree.map(
+        np.testing.assert_array_equal, (params, state), (last.params, last.state)
+    )
+
+
 def test_masks_take_one_bit_a_weight(history):
-    _, moments = history
-    state = moments[-1].state
+    state = history.moments[-1].state
     kept = jax.tree.leaves(state.method.masks)
     assert sum(x.nbytes for x in kept) == jp.masks.count(jp.get_masks(state)).total // 8
 
@@ -404,13 +465,14 @@ def test_containers(case, wrap):
     tx = jp.masked(optax.adam(0.1), case.make(params))
     state = jax.jit(tx.init)(params)
     update = jax.jit(tx.update)
-    for i in range(BEGIN + EVERY + 1):
+    for i in range(case.first + 1):
         updates, state = update(gradients(params, i), state, params)
         assert jax.tree.structure(updates) == jax.tree.structure(params)
         params = optax.apply_updates(params, updates)
     kept = jp.get_info(state)["kept"]
     assert all(path.endswith("kernel") for path in kept), kept
-    assert "dense/kernel" in kept or case.params is not plain_params
+    names = {"dense/kernel": plain_params, "layer/up/kernel": transformer_params}
+    assert [case.params] == [f for path, f in names.items() if path in kept]
     found = jp.get_masks(state)
     check_zeros(nnx.as_pure(params), found)
     jax.tree.map(np.testing.assert_array_equal, params, jp.sparse_params(params, state))
