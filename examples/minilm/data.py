@@ -78,7 +78,12 @@ def prepare(data_dir: str | pathlib.Path) -> tfds.core.DatasetBuilder:
 
 
 def batches(
-    builder: tfds.core.DatasetBuilder, *, batch: int, length: int, seed: int
+    builder: tfds.core.DatasetBuilder,
+    *,
+    batch: int,
+    length: int,
+    seed: int,
+    split: str = "train",
 ) -> grain.DatasetIterator:
     """Endless training batches, shuffled anew each epoch.
 
@@ -89,7 +94,7 @@ def batches(
         An iterator over `{"ids": [batch, length], "mask": [batch, length],
         "label": [batch]}`.
     """
-    source = grain.MapDataset.source(builder.as_data_source("train"))
+    source = grain.MapDataset.source(builder.as_data_source(split))
     stream = (
         source.shuffle(seed=seed)
         .batch(batch, drop_remainder=True, batch_fn=_Encode(length))
@@ -100,10 +105,10 @@ def batches(
 
 
 def test_set(
-    builder: tfds.core.DatasetBuilder, *, length: int
+    builder: tfds.core.DatasetBuilder, *, length: int, split: str = "test"
 ) -> dict[str, np.ndarray]:
     """All held-out snippets as one batch."""
-    return _Encode(length)(list(builder.as_data_source("test")))
+    return _Encode(length)(list(builder.as_data_source(split)))
 
 
 def truncated(builder: tfds.core.DatasetBuilder, *, length: int) -> float:
