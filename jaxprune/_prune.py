@@ -49,6 +49,11 @@ def plan(
     Raises:
       ValueError: if a leaf does not fit the structure, or the sparsity contradicts it.
     """
+    if isinstance(structure, type) or not hasattr(structure, "kept_units"):
+        raise TypeError(
+            f"structure: got {structure!r}; expected one of jaxprune's, such as "
+            "Unstructured(), NM(2, 4), Block(16, 16) or Channel()."
+        )
     paths, leaves, _ = _tree.flatten(params)
     chosen = [
         (p, x) for p, x in zip(paths, leaves, strict=True) if not _tree.is_hole(x)

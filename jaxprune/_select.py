@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import core, lax
+from jax.extend.core import ClosedJaxpr
 from jaxtyping import Array, Bool, Float, UInt, UInt32
 
 from jaxprune import _wide
@@ -26,6 +27,8 @@ _ELEMENTWISE = frozenset(
     "pow reduce_precision rem round rsqrt select_n sign sin sqrt square stop_gradient sub "
     "tanh xor".split()
 )
+_CALLS = frozenset("jit pjit closed_call custom_jvp_call custom_vjp_call".split())
+_SMALL = 1 << 12  # up to this, less code to compile counts for more than time
 _SAMPLE = 1 << 15  # a leaf is thinned out by eights down to this size
 
 
@@ -138,10 +141,21 @@ def ordered(x: Float[Array, "..."]) -> UInt[Array, "..."]:
 def is_elementwise(f: Callable[..., Array], *operands: Array) -> bool:
     """Whether each element of `f(*operands)` depends only on those at its own place.
 
-    In doubt the answer is no.
+    A function that reads the shape does not: it says something else of a part of an
+    array. In doubt the answer is no.
     """
-    closed = jax.make_jaxpr(f)(*operands)
-    return _has_only_elementwise(closed)
+    shape = operands[0].shape
+    seen = []
+    for longer in (0, 1):
+        parts = [
+            jax.ShapeDtypeStruct(tuple(n + longer for n in shape), x.dtype)
+            for x in operands
+        ]
+        try:
+            seen.append(_recipe(jax.make_jaxpr(f)(*parts)))
+        except (TypeError, ValueError):  # it holds an array of the first shape
+            return False
+    return seen[0] is not None and seen[0] == seen[1]
 
 
 def fold_axis(x: Array) -> int | None:
@@ -160,21 +174,26 @@ def fold_axis(x: Array) -> int | None:
     return None
 
 
-def _has_only_elementwise(closed: Any) -> bool:
+def _recipe(closed: Any) -> list | None:
+    """The elementwise operations of a jaxpr and their numbers; `None` if it has others."""
     if any(jnp.ndim(c) for c in closed.consts):
-        return False
+        return None
+    found: list = [id(c) if isinstance(c, core.Tracer) else c for c in closed.consts]
     for eqn in closed.jaxpr.eqns:
-        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
         name = eqn.primitive.name
-        if inner is not None:
-            if not _has_only_elementwise(inner):
-                return False
+        if name in _CALLS:
+            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+            if not isinstance(inner, ClosedJaxpr) or (part := _recipe(inner)) is None:
+                return None
+            found.append(part)
         elif name == "broadcast_in_dim":
             if eqn.invars[0].aval.shape:
-                return False
+                return None
         elif name not in _ELEMENTWISE:
-            return False
-    return True
+            return None
+        literals = [float(x.val) for x in eqn.invars if hasattr(x, "val")]
+        found.append((name, literals, eqn.params.get("y"), eqn.params.get("new_dtype")))
+    return found
 
 
 def shard_counts(x: Array) -> list[int]:
@@ -402,12 +421,12 @@ def _count_leaf(leaf: Scored, tests) -> Wide:
     def plainly(*operands):
         x = leaf.score(*operands)
         masks = [m.astype(jnp.uint32) for m in tests(x, lambda: _positions(x.shape))]
-        if x.size <= _SAMPLE:  # less code to compile, and the time does not matter
+        if x.size <= _SMALL:
             return _wide.total(jnp.stack(masks), x.size, lead=1)
         return _wide.stack([_wide.total(m, m.size) for m in masks])
 
     axis = fold_axis(leaf.operands[0])
-    if axis is None:
+    if axis is None or leaf.operands[0].size <= _SMALL:
         return plainly(*leaf.operands)
     return lax.platform_dependent(
         *leaf.operands,

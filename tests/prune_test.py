@@ -317,6 +317,43 @@ def test_a_second_call_does_not_compile_again():
     assert _prune._compile_once.cache_info().currsize == size
 
 
+def _running(w):
+    """Each row's size and what the rows before it leave behind."""
+
+    def add(carry, row):
+        carry = carry / 2 + jnp.abs(row)
+        return carry, carry
+
+    return jax.lax.scan(add, jnp.zeros(w.shape[1]), w)[1]
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        lambda w: jnp.abs(w) * math.sqrt(w.shape[0]),
+        lambda w: jnp.abs(w) / w.size,
+        lambda w: jnp.abs(w) * jnp.full(w.shape, 2.0),
+        lambda w: jnp.abs(w) / jnp.linalg.norm(w),
+        _running,
+    ],
+    ids=["fan-in", "size", "array", "norm", "scan"],
+)
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_scores_that_are_not_elementwise(score, allocation):
+    """On leaves that are sampled and folded while the threshold is searched."""
+    keys = jax.random.split(jax.random.key(0))
+    params = {
+        "up": jax.random.normal(keys[0], (512, 128)),
+        "down": jax.random.normal(keys[1], (128, 512)),
+    }
+    _, found = jp.prune(params, 0.9, score=score, allocation=allocation)
+    _, expected = jp.prune(
+        params, 0.9, score=jax.tree.map(score, params), allocation=allocation
+    )
+    assert jp.masks.count(found).kept == 13108 if allocation == "uniform" else 13107
+    assert jp.masks.flipped(found, expected) == 0
+
+
 PARAMS = {"a": {"kernel": jnp.ones((4, 4))}, "bias": jnp.ones(4)}
 
 
@@ -345,6 +382,8 @@ PARAMS = {"a": {"kernel": jnp.ones((4, 4))}, "bias": jnp.ones(4)}
          "score: got bool[4, 4] for a/kernel"),
         ({"sparsity": 0.5, "score": lambda w: w.sum()}, ValueError, "score: got float32[]"),
         ({"sparsity": 0.5, "score": lambda w: w > 0}, ValueError, "score: got bool[4, 4]"),
+        ({"sparsity": 0.5, "structure": "nm"}, TypeError, "structure: got 'nm'; expected"),
+        ({"sparsity": 0.5, "structure": jp.Channel}, TypeError, "structure: got <class"),
         ({"sparsity": 0.5, "score": lambda w: None}, ValueError, "score: got None for"),
     ],
 )  # fmt: skip
