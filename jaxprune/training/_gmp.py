@@ -46,6 +46,8 @@ def static(
       >>> jp.get_masks(state)["kernel"].tolist()
       [[True, False], [False, True]]
     """
+    if sparsity is not None:
+        exact(sparsity)
 
     def init(params: PyTree) -> MethodState:
         plan = _prune.plan(
@@ -116,6 +118,12 @@ def gmp(
             raise ValueError(
                 "end: got None; expected the step of the last mask update, as in "
                 "gmp(0.9, begin=200, end=800, every=20)."
+            )
+        if sparsity is None:
+            raise ValueError(
+                "sparsity: got None; expected the share to prune in the end, as in "
+                "gmp(0.9, end=800). With a mapping as allocation it is what leaves get that "
+                "match no pattern."
             )
         schedule = cubic(exact(sparsity), begin, end, every, exact(initial, "initial"))
     exact(schedule.final, "sparsity")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -72,6 +73,13 @@ def masked(
     if isinstance(method_or_masks, Method):
         method, fixed = method_or_masks, None
     else:
+        if inspect.isroutine(method_or_masks) or isinstance(
+            method_or_masks, float | int
+        ):
+            raise TypeError(
+                f"method_or_masks: got {method_or_masks!r}; expected a method, as "
+                "jaxprune.gmp(0.9, end=800) makes one, or a tree of masks."
+            )
         if where is not None:
             raise ValueError(
                 "where: fixed masks already say which leaves are pruned (None = never). "
@@ -85,6 +93,11 @@ def masked(
             chosen = _tree.select(params, where)
         else:
             chosen = _only_masked(params, masks.check(params, fixed))
+            if not jax.tree.leaves(chosen):
+                raise ValueError(
+                    "masks: every leaf is None, so that nothing would be masked. Make them "
+                    "with jaxprune.prune or jaxprune.masks.from_params."
+                )
         # `nnx.Optimizer` wraps every leaf of a state anew, and takes it that the leaves
         # under a variable are arrays; packed masks are not.
         state = method.init(_tree.bare(chosen))
@@ -256,27 +269,29 @@ def _reset(state: PyTree, init, params: PyTree, old: PyTree, new: PyTree) -> PyT
     """
     fresh = init(masks.apply(params, new))
     flips = {
-        _names(path): masks.as_bool(a) ^ masks.as_bool(b)
-        for (path, a), (_, b) in zip(
-            jax.tree_util.tree_leaves_with_path(old, is_leaf=_is_packed),
-            jax.tree_util.tree_leaves_with_path(new, is_leaf=_is_packed),
+        tuple(map(str, path)): (
+            None if _tree.is_hole(a) else masks.as_bool(a) ^ masks.as_bool(b)
+        )
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(old, is_leaf=_is_leaf),
+            _leaves(new),
             strict=True,
         )
     }
 
     def renew(path, x, x0):
-        names = _names(path)
-        for first in range(
-            len(names) + 1
-        ):  # the longest suffix that is a weight's path
-            flip = flips.get(names[first:])
-            if flip is not None:
-                if getattr(x, "shape", None) == flip.shape:
-                    return jnp.where(flip, x0.astype(x.dtype), x)
-                break
-        return x
+        names = tuple(map(str, path))
+        # The longest end of the path that is a parameter's.
+        ends = (names[i:] for i in range(len(names) + 1))
+        flip = next((flips[end] for end in ends if end in flips), None)
+        if flip is None or getattr(x, "shape", None) != flip.shape:
+            return x
+        return jnp.where(flip, x0.astype(x.dtype), x)
 
-    return jax.tree_util.tree_map_with_path(renew, state, fresh)
+    # NNX variables are no part of the paths of masks.
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(_tree.bare(state))]
+    leaves, treedef = jax.tree.flatten(state)
+    return treedef.unflatten(map(renew, paths, leaves, jax.tree.leaves(fresh)))
 
 
 def _map_masks(f, found: PyTree, tree: PyTree, *rest: PyTree) -> PyTree:
@@ -315,12 +330,6 @@ def _merge(tree: PyTree, chosen: PyTree) -> PyTree:
 
 def _leaves(tree: PyTree) -> list[Any]:
     return jax.tree.leaves(tree, is_leaf=_is_leaf)
-
-
-def _names(path: Any) -> tuple[str, ...]:
-    """A key path without the last step into an NNX variable."""
-    names = tuple(map(str, path))
-    return names[:-1] if names[-1:] == (".value",) else names
 
 
 @dataclasses.dataclass(frozen=True)

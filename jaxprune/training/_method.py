@@ -20,7 +20,8 @@ class Info(NamedTuple):
       kept: weights kept, for each masked leaf in the order of the tree.
       flipped: weights whose mask the last update changed (churn).
       nonfinite: NaN and infinite weights among the masked leaves at the last update. An
-        update cannot mend such a weight: it stays what it is, whatever its mask.
+        update cannot mend such a weight, whatever its mask: NaN stays NaN, and a pruned
+        infinity becomes NaN.
     """
 
     changed: Bool[Array, ""]

@@ -58,6 +58,11 @@ def test_a_schedule_stands_for_its_own_options():
         jp.gmp(schedule, end=7)
 
 
+def test_a_mapping_needs_the_sparsity_of_the_others():
+    with pytest.raises(ValueError, match=r"sparsity: got None.*With a mapping"):
+        jp.gmp(end=3, allocation={"*": 0.5})
+
+
 def test_end_is_needed():
     with pytest.raises(ValueError, match=r"end: got None; expected the step"):
         jp.gmp(0.5)

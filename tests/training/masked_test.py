@@ -1,5 +1,6 @@
 """What `masked` does to the optimizer that it wraps, whatever the method decides."""
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -190,6 +191,41 @@ def _assert_within_two_ulps(a, b, weight):
     np.testing.assert_allclose(a, b, rtol=0, atol=atol)
 
 
+def test_moments_of_a_leaf_without_mask_are_left_alone():
+    """Though its path ends like that of a masked leaf of the same shape."""
+    params = {
+        "kernel": jnp.arange(16.0).reshape(4, 4),
+        "head": {"kernel": jnp.ones((4, 4))},
+    }
+    tx = jp.masked(optax.adam(0.1), jp.gmp(0.5, begin=2, end=2), where="kernel")
+    plain = optax.adam(0.1)
+    state, other = tx.init(params), plain.init(params)
+    for _ in range(4):
+        _, state = tx.update(params, state, params)
+        _, other = plain.update(params, other, params)
+    assert jp.masks.sparsity(jp.get_masks(state)) == 0.5
+    np.testing.assert_array_equal(state.inner[0].mu["head"]["kernel"],
+                                  other[0].mu["head"]["kernel"])  # fmt: skip
+    assert (state.inner[0].mu["kernel"][:2] == 0).all()
+
+
+class _Root(eqx.Module):
+    """A module whose only weight has the name of what NNX variables hold."""
+
+    value: jax.Array
+    scale: jax.Array
+
+
+def test_moments_of_a_root_attribute_called_value():
+    params = _Root(jnp.arange(16.0).reshape(4, 4), jnp.ones((4, 4)))
+    tx = jp.masked(optax.adam(0.1), jp.gmp(0.5, begin=2, end=2), where="value")
+    state = tx.init(params)
+    for _ in range(4):
+        _, state = tx.update(params, state, params)
+    assert (state.inner[0].mu.value[:2] == 0).all()
+    assert (state.inner[0].mu.scale > 0).all()
+
+
 def test_extra_arguments_reach_the_inner_optimizer():
     inner = optax.chain(
         optax.sgd(1.0), optax.contrib.reduce_on_plateau(factor=0.5, patience=1)
@@ -374,6 +410,17 @@ def test_update_needs_params():
 def test_masks_that_do_not_fit(masks, message):
     with pytest.raises(ValueError, match=message):
         jp.masked(optax.sgd(0.1), masks).init(make_params())
+
+
+def test_masks_that_mask_nothing():
+    with pytest.raises(ValueError, match=r"masks: every leaf is None"):
+        jp.masked(optax.sgd(0.1), {"layer": None}).init(make_params())
+
+
+@pytest.mark.parametrize("given", [jp.gmp, 0.9], ids=["function", "number"])
+def test_what_is_neither_method_nor_masks(given):
+    with pytest.raises(TypeError, match=r"method_or_masks: got .*jaxprune\.gmp\(0\.9"):
+        jp.masked(optax.sgd(0.1), given)
 
 
 def test_masks_and_where():
