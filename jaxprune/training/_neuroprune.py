@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +35,8 @@ class NeuroPruneState(NamedTuple):
       thresholds: soft threshold of each step, by leaf; one number a unit (a column of a
         matrix under Eq. 1) or a row (of Q, K and V under Eq. 2), broadcast to the leaf.
       alive: heads not yet removed, `[stack, heads]`, by layer.
-      fold: which head stands in for which at this step, `[stack, heads, heads]`, by
-        layer; see `find_dominating`.
+      fold: at [i, j], whether head `j` stands in for head `i` at this step,
+        `[stack, heads, heads]`, by layer.
       folding: whether this step folds.
     """
 
@@ -87,19 +87,22 @@ def neuroprune(
     takes the number of weights that should be zero `every` steps later, on a cubic
     schedule, selects exactly the threshold `tau` of `|w| / c` below which that many lie,
     and spreads it: each of the steps shrinks by `c * tau / every`. What gradients push
-    back is met by the next selection. At `end` the smallest remaining weights go, so that
-    the count is exact. So that every count can be reached, a unit with all of its links
-    weighs as if half a link were missing.
+    back is met by the next selection; where as many are zero already, `tau` is 0, and
+    they are free until then. At `end` the smallest remaining weights go, so that the
+    count is exact, unless removed heads have gone beyond it. So that every count can be
+    reached, a unit with all of its links weighs as if half a link were missing.
 
     Differences from the paper, beside the controller: proximal steps instead of a term in
     the loss; `c` is refreshed every `every` steps, not each step; heads are folded into
-    W_O by default (exact for equal heads; `fold="mlp"` is Algorithm 2 as written); with
-    `roles.degree` other matrices can take part. The formulas of Eq. (1) and (2) are
-    reconstructed from the paper's text.
+    W_O by default (exact for equal heads), and `fold="mlp"`, as Algorithm 2 is written,
+    masks the heads but not the rows of L_in that it empties; with `roles.degree` other
+    matrices can take part. The formulas of Eq. (1) and (2) are reconstructed from the
+    paper's text.
 
     Args:
       sparsity: share of the penalised weights that is pruned at `end`, the same for the
-        matrices under Eq. (1) and for Q, K, V. `None` with `strengths`.
+        matrices under Eq. (1) and for Q, K, V; more of these if the heads removed make
+        up more. `None` with `strengths`.
       roles: which leaf plays which part; other leaves are not masked.
       begin: first step of shrinking.
       end: step at which the mask is drawn.
@@ -122,8 +125,8 @@ def neuroprune(
       fold: where the output of a removed head goes.
 
     Raises:
-      ValueError: if roles match nothing, both or neither of `sparsity` and `strengths`
-        are given, or a value is out of range.
+      ValueError: if roles match nothing or do not belong together, both or neither of
+        `sparsity` and `strengths` are given, or a value is out of range.
 
     Example:
       >>> roles = jp.Roles(mlp_in="*/up/kernel", mlp_out="*/down/kernel")
@@ -133,19 +136,22 @@ def neuroprune(
       Dhurandhar et al., NeuroPrune: A Neuro-inspired Topological Sparse Training
       Algorithm for Large Language Models, arXiv 2404.01306, Eq. (1), (2), Alg. 1-3.
     """
-    _check_options(sparsity, strengths, attention, fold, theta, theta_rel, head_every)
+    _check_options(sparsity, strengths, reading, attention, eps, allocation, fold)
+    _check_heads(theta, theta_rel, head_every)
     final = exact(0 if sparsity is None else sparsity)
     schedule = schedules.cubic(final, begin, end, every)
     weigh = reading if callable(reading) else _reading(reading, eps)
 
     def init(params: PyTree) -> MethodState:
         leaves = _roles.leaves_by_path(params)
+        if head_every is not None:
+            _check_layers(_roles.layers(roles, list(leaves)), fold)
         parts = _parts(roles, list(leaves))
         everything = [p for part in parts for p in part]
         factors = _factors(leaves, parts, roles, weigh, attention)
         alive, identity = {}, {}
         for layer in _layers_with_heads(roles, list(leaves)):
-            q, *_ = _roles.split_qkv([leaves[p] for p in layer.qkv], roles)
+            q, *_ = _split(leaves, layer, roles)
             stack, heads = q.shape[0], q.shape[2]
             alive[layer.name] = jnp.ones((stack, heads), bool)
             identity[layer.name] = jnp.tile(jnp.eye(heads, dtype=bool), (stack, 1, 1))
@@ -180,7 +186,7 @@ def neuroprune(
         parts = _parts(roles, list(leaves))
         factors = _factors(leaves, parts, roles, weigh, attention)
         if strengths is not None:
-            taus = {p: jnp.float32(s) for part, s in zip(parts, strengths, strict=False)
+            taus = {p: jnp.float32(s) for part, s in zip(parts, strengths, strict=True)
                     for p in part}  # fmt: skip
         else:
             ahead = schedule.fraction(jnp.minimum(step + every, end))
@@ -195,7 +201,7 @@ def neuroprune(
         leaves = _roles.leaves_by_path(params)
         alive, folds = {}, {}
         for layer in _layers_with_heads(roles, list(leaves)):
-            qkv = _roles.split_qkv([leaves[p] for p in layer.qkv], roles)
+            qkv = _split(leaves, layer, roles)
             stays, folds[layer.name] = jax.vmap(_redundant, (0, 0, None, None))(
                 _by_head(qkv, roles), state.own.alive[layer.name], theta, theta_rel
             )
@@ -232,6 +238,7 @@ def neuroprune(
     def _cuts(scores, parts, fraction):
         if allocation == "uniform":
             parts = [[p] for part in parts for p in part]
+        parts = [part for part in parts if part]
         order = [p for part in parts for p in part]
         sizes = [sum(scores[p].size for p in part) for part in parts]
         kept = [
@@ -280,12 +287,16 @@ def _reading(reading: penalties.Reading, eps: float) -> DegreeWeights:
     return lambda kernel: penalties.degree_weights(kernel, eps=eps, reading=reading)
 
 
-def _parts(roles: Roles, paths: list[str]) -> list[list[str]]:
-    """Paths under Eq. (1), and of Q, K, V."""
-    found = _roles.layers(roles, paths)
+def _parts(roles: Roles, paths: list[str]) -> tuple[list[str], list[str]]:
+    """Paths under Eq. (1), and of Q, K, V; either may be empty."""
     degree = _roles.degree_paths(roles, paths)
-    qkv = [p for layer in found for p in layer.qkv if p not in degree]
-    return [part for part in (degree, qkv) if part]
+    qkv = [p for layer in _roles.layers(roles, paths) for p in layer.qkv]
+    if both := [p for p in qkv if p in degree]:
+        raise ValueError(
+            f"roles: degree matches {_tree.listing(both)}, which Eq. (2) covers as query, "
+            "key and value. Take them out of degree."
+        )
+    return degree, qkv
 
 
 def _layers_with_heads(roles: Roles, paths: list[str]) -> list[_roles.Layer]:
@@ -298,14 +309,20 @@ def _factors(leaves, parts, roles, weigh, attention) -> dict[str, Array]:
     found = _roles.layers(roles, list(leaves))
     qkv = {p for layer in found for p in layer.qkv}
     for path in (p for part in parts for p in part if p not in qkv):
-        kernel = leaves[path]
-        matrix = _matrix(kernel, path, found, roles)  # [stack, fan_in, units]
+        matrix = leaves[path]  # [stack, fan_in, units]
+        layer = next((x for x in found if x.out == path and x.qkv), None)
+        explicit = layer is not None and _has_explicit_heads(leaves, layer, roles)
+        if explicit:  # W_O as [..., heads, head_dim, d]
+            matrix = matrix.reshape(*matrix.shape[:-3], -1, matrix.shape[-1])
         floor = 0.5 / matrix.shape[-2]
         c = jnp.maximum(weigh(matrix), floor)[..., None, :]
-        out[path] = _unmatrix(c, kernel, path, found, roles)
+        out[path] = c[..., None, :] if explicit else c
     for layer in (x for x in found if x.qkv):
         kernels = [leaves[p] for p in layer.qkv]
-        stacked = _is_stacked(kernels[0], layer, roles)
+        plain = 2
+        if _has_explicit_heads(leaves, layer, roles):
+            plain = 3 if len(kernels) == 3 else 4
+        stacked = kernels[0].ndim > plain
         rows = [x.reshape(*x.shape[: 2 if stacked else 1], -1) for x in kernels]
         ones = jnp.ones(rows[0].shape[:-1], jnp.float32)
         c = ones if attention == "l1" else penalties.sqrt_l1_slope(rows)
@@ -315,46 +332,15 @@ def _factors(leaves, parts, roles, weigh, attention) -> dict[str, Array]:
     return out
 
 
-def _is_stacked(kernel, layer: _roles.Layer, roles: Roles) -> bool:
-    plain = 2
-    if _roles.has_head_axis(kernel, roles.heads or 0):
-        plain = 3 if len(layer.qkv) == 3 else 4
-    return kernel.ndim > plain
+def _has_explicit_heads(leaves, layer: _roles.Layer, roles: Roles) -> bool:
+    """Whether heads are an axis of their own in the attention of a layer."""
+    return _roles.has_head_axis(leaves[layer.qkv[0]], roles.heads or 0)
 
 
-def _matrix(kernel, path, found, roles):
-    """A kernel under Eq. (1) as `[..., fan_in, units]`; W_O may have a head axis."""
-    layer = next((x for x in found if x.out == path), None)
-    if layer is None or not layer.qkv or kernel.ndim < 3:
-        return kernel
-    if _explicit_out(kernel, roles):
-        return kernel.reshape(*kernel.shape[:-3], -1, kernel.shape[-1])
-    return kernel
-
-
-def _unmatrix(c, kernel, path, found, roles):
-    layer = next((x for x in found if x.out == path), None)
-    if (
-        layer is not None
-        and layer.qkv
-        and kernel.ndim >= 3
-        and _explicit_out(kernel, roles)
-    ):
-        return c[..., None, :]  # [..., 1, 1, units]
-    return c
-
-
-def _explicit_out(kernel, roles: Roles) -> bool:
-    """Whether W_O is `[..., heads, head_dim, d]`: its heads' sizes then make up the rest."""
-    return (
-        kernel.ndim >= 3
-        and kernel.shape[-3] == roles.heads
-        and (
-            kernel.shape[-2] % (roles.heads or 1) != 0
-            or kernel.ndim == 4
-            or kernel.shape[-2] < kernel.shape[-1]
-        )
-    )
+def _split(leaves, layer: _roles.Layer, roles: Roles):
+    """Query, key and value as `[stack, d, heads, head_dim]`."""
+    explicit = _has_explicit_heads(leaves, layer, roles)
+    return _roles.split_qkv([leaves[p] for p in layer.qkv], roles, explicit=explicit)
 
 
 def _by_head(qkv, roles: Roles):
@@ -380,17 +366,18 @@ def _head_masks(leaves, alive, roles: Roles) -> dict[str, Bool[Array, "..."]]:
     out = {}
     for layer in _layers_with_heads(roles, list(leaves)):
         kernels = [leaves[p] for p in layer.qkv]
+        explicit = _has_explicit_heads(leaves, layer, roles)
         stays = alive[layer.name]  # [stack, heads]
         group_stays = stays.reshape(stays.shape[0], roles.groups, -1).any(-1)
-        parts = _roles.split_qkv([jnp.ones(x.shape, bool) for x in kernels], roles)
+        ones = [jnp.ones(x.shape, bool) for x in kernels]
+        parts = _roles.split_qkv(ones, roles, explicit=explicit)
         q, k, v = (
             x & s[:, None, :, None]
             for x, s in zip(parts, (stays, group_stays, group_stays), strict=True)
         )
-        joined = _roles.join_qkv((q, k, v), kernels, roles)
+        joined = _roles.join_qkv((q, k, v), kernels, explicit=explicit)
         out |= dict(zip(layer.qkv, joined, strict=True))
         kernel = leaves[layer.out]
-        explicit = _roles.has_head_axis(kernels[0], roles.heads or 0)
         view = _roles.split_out(
             jnp.ones(kernel.shape, bool), roles.heads or 0, explicit=explicit
         )
@@ -419,17 +406,31 @@ def _map_with_path(f, tree: PyTree) -> PyTree:
     )
 
 
-def _check_options(sparsity, strengths, attention, fold, theta, theta_rel, head_every):
+def _check_options(sparsity, strengths, reading, attention, eps, allocation, fold):
     if (sparsity is None) == (strengths is None):
         raise ValueError(
             f"sparsity: got {sparsity} with strengths={strengths}; expected one of the two: "
             "a target such as 0.7, or soft thresholds a step for Eq. (1) and Eq. (2)."
         )
+    if strengths is not None:
+        pair = strengths if isinstance(strengths, tuple | list) else ()
+        if len(pair) != 2 or not all(x >= 0 for x in pair):
+            raise ValueError(
+                f"strengths: got {strengths}; expected two numbers of at least 0, the soft "
+                "thresholds a step for Eq. (1) and Eq. (2), as in (1e-5, 1e-6)."
+            )
     for name, value, allowed in (
         ("attention", attention, ("sqrt_l1", "l1")), ("fold", fold, ("out", "mlp")),
+        ("allocation", allocation, ("global", "uniform")),
+        ("reading", reading, get_args(penalties.Reading)),
     ):  # fmt: skip
-        if value not in allowed:
+        if value not in allowed and not (name == "reading" and callable(value)):
             raise ValueError(f"{name}: got {value!r}; expected one of {allowed}.")
+    if not eps > 0:
+        raise ValueError(f"eps: got {eps}; expected a size above 0, such as 1e-4.")
+
+
+def _check_heads(theta, theta_rel, head_every):
     if head_every is not None and head_every < 1:
         raise ValueError(
             f"head_every: got {head_every}; expected at least 1 step, or None."
@@ -441,4 +442,20 @@ def _check_options(sparsity, strengths, attention, fold, theta, theta_rel, head_
     if theta is None and theta_rel is None and head_every is not None:
         raise ValueError(
             "theta: got None with head_every; expected theta or theta_rel."
+        )
+
+
+def _check_layers(found: list[_roles.Layer], fold: str):
+    """What removing heads needs."""
+    heads = [x for x in found if x.qkv and x.out]
+    if not heads:
+        raise ValueError(
+            "head_every: no layer has both query, key and value, and out; heads cannot be "
+            "removed. Give out= in the roles, or head_every=None."
+        )
+    if fold == "mlp" and any(not x.mlp_in for x in heads):
+        layers = _tree.listing([x.name for x in heads if not x.mlp_in])
+        raise ValueError(
+            f"fold: 'mlp' needs mlp_in in each layer with heads; it is missing in {layers}. "
+            "Give mlp_in= with wildcards that stand for the same text, or fold='out'."
         )

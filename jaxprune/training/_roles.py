@@ -66,11 +66,16 @@ class Roles:
                 f"qkv={self.qkv!r}; expected all three of query, key, value, or qkv alone."
             )
         attends = self.qkv is not None or all(separate)
-        if attends and (self.heads is None or self.heads < 1):
+        if attends and self.heads is None:
             raise ValueError(
                 f"Roles: heads={self.heads}; expected the number of query heads a layer, "
                 "since it cannot be read from a fused kernel."
             )
+        for name, count in (("heads", self.heads), ("kv_heads", self.kv_heads)):
+            if count is not None and not (isinstance(count, int) and count > 0):
+                raise ValueError(
+                    f"Roles: {name}={count!r}; expected a whole number > 0."
+                )
         if self.heads and self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(
                 f"Roles: heads={self.heads}, kv_heads={self.kv_heads}; expected heads to "
@@ -132,6 +137,17 @@ def layers(roles: Roles, paths: Sequence[str]) -> list[Layer]:
                 )
         ends = [next((t[link] for t in tables if link in t), None)
                 for tables in (mlp_out, out)]  # fmt: skip
+        for name, end, other, part, given in (
+            ("mlp_out", ends[0], "mlp_in", parts[0], mlp_in),
+            ("out", ends[1], "query, key, value or qkv", parts[1], qkv),
+        ):
+            if end and not part:
+                raise ValueError(
+                    f"roles: {name} matches {end!r}, but {other} "
+                    f"{'matches no leaf of its layer' if given else 'is not given'}. What "
+                    "the wildcards stand for links the leaves of a layer: for "
+                    "'layers/*/mlp/down/kernel' write 'layers/*/mlp/up/kernel'."
+                )
         found.append(Layer(link, parts[0], ends[0], parts[1], ends[1]))
     return found
 
@@ -164,11 +180,13 @@ def split_out(x: Array, heads: int, *, explicit: bool) -> Array:
 
 
 def has_head_axis(x: Any, heads: int) -> bool:
-    """Whether a query kernel has heads as an axis of its own."""
+    """Whether a query or fused kernel has heads as an axis of its own."""
     return x.ndim >= 3 and x.shape[-2] == heads
 
 
-def split_qkv(kernels: Sequence[Array], roles: Roles) -> tuple[Array, Array, Array]:
+def split_qkv(
+    kernels: Sequence[Array], roles: Roles, *, explicit: bool
+) -> tuple[Array, Array, Array]:
     """Query, key and value as `[stack, d, heads, head_dim]` each.
 
     Raises:
@@ -177,22 +195,25 @@ def split_qkv(kernels: Sequence[Array], roles: Roles) -> tuple[Array, Array, Arr
     heads, groups = roles.heads or 0, roles.groups
     first = kernels[0]
     if len(kernels) == 3:
-        explicit = has_head_axis(first, heads)
-        if not explicit and (
-            first.shape[-1] % heads
-            or kernels[1].shape[-1] * heads != first.shape[-1] * groups
-        ):
-            raise ValueError(
-                f"roles: query of shape {first.shape} and key of shape {kernels[1].shape} do "
-                f"not divide into {heads} and {groups} heads; check heads and kv_heads."
-            )
         counts = (heads, groups, groups)
+        if explicit:
+            fits = all(x.shape[-2] == n for x, n in zip(kernels, counts, strict=True))
+        else:
+            fits = not first.shape[-1] % heads and all(
+                x.shape[-1] * heads == first.shape[-1] * groups for x in kernels[1:]
+            )
+        if not fits:
+            shapes = ", ".join(str(x.shape) for x in kernels)
+            raise ValueError(
+                f"roles: query, key and value of the shapes {shapes} do not divide into "
+                f"{heads}, {groups} and {groups} heads; check heads and kv_heads."
+            )
         parts = [
             split_heads(x, n, explicit=explicit)
             for x, n in zip(kernels, counts, strict=True)
         ]
         return parts[0], parts[1], parts[2]
-    if has_head_axis(first, heads):  # [..., d, 3, heads, head_dim]
+    if explicit:  # [..., d, 3, heads, head_dim]
         x = first if first.ndim == 5 else first[None]
         return x[..., 0, :, :], x[..., 1, :, :], x[..., 2, :, :]
     total = heads + 2 * groups
@@ -207,19 +228,16 @@ def split_qkv(kernels: Sequence[Array], roles: Roles) -> tuple[Array, Array, Arr
 
 
 def join_qkv(
-    parts: tuple[Array, Array, Array], like: Sequence[Any], roles: Roles
+    parts: tuple[Array, Array, Array], like: Sequence[Any], *, explicit: bool
 ) -> list[Array]:
     """Undoes `split_qkv`; head counts and head sizes may have changed."""
-    stacked = like[0].ndim - (2 if not has_head_axis(like[0], roles.heads or 0) else
-                              3 if len(like) == 3 else 4)  # fmt: skip
-    explicit = has_head_axis(like[0], roles.heads or 0)
+    stacked = like[0].ndim > (2 if not explicit else 3 if len(like) == 3 else 4)
     if not stacked:
         parts = (parts[0][0], parts[1][0], parts[2][0])
+    flat = [x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1]) for x in parts]
     if len(like) == 3:
-        return [x if explicit else x.reshape(*x.shape[:-2], -1) for x in parts]
-    if explicit:
-        return [jnp.stack(parts, axis=-3)]
-    return [jnp.concatenate([x.reshape(*x.shape[:-2], -1) for x in parts], axis=-1)]
+        return list(parts) if explicit else flat
+    return [jnp.stack(parts, -3) if explicit else jnp.concatenate(flat, -1)]
 
 
 def leaves_by_path(tree: PyTree) -> dict[str, Any]:

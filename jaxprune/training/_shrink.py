@@ -99,7 +99,9 @@ def _shrink_heads(leaves: dict[str, Any], layer, roles: Roles, notes: list[str])
     kernels = [leaves[p] for p in layer.qkv]
     explicit = _roles.has_head_axis(kernels[0], roles.heads or 0)
     n, groups = roles.heads or 0, roles.groups
-    q, k, v = _roles.split_qkv(kernels, roles)  # [stack, d, heads, head_dim]
+    q, k, v = _roles.split_qkv(
+        kernels, roles, explicit=explicit
+    )  # [stack, d, heads, head_dim]
     out = _roles.split_out(leaves[layer.out], n, explicit=explicit)
     # A bias is a kernel of one input row; a missing one is a row of zeros.
     d_axis = -2 if not explicit else -3 if len(kernels) == 3 else -4
@@ -108,7 +110,7 @@ def _shrink_heads(leaves: dict[str, Any], layer, roles: Roles, notes: list[str])
         else jnp.zeros_like(jnp.take(x, jnp.array([0]), axis=d_axis))
         for p, x in zip(layer.qkv, kernels, strict=True)
     ]  # fmt: skip
-    biases = _roles.split_qkv(rows, roles)
+    biases = _roles.split_qkv(rows, roles, explicit=explicit)
     stack = q.shape[0]
     silent = np.asarray(jnp.all(out == 0, axis=(2, 3)))  # [stack, heads]
     constant = np.asarray(jnp.all(v == 0, axis=(1, 3)))  # [stack, kv heads]
@@ -130,8 +132,11 @@ def _shrink_heads(leaves: dict[str, Any], layer, roles: Roles, notes: list[str])
     out = out * jnp.asarray(~constant, out.dtype)[..., None, None]
     groups_kept = _padded(np.asarray(alive.any(-1)))  # [stack, groups kept]
     chosen = np.take_along_axis(alive, groups_kept[..., None], axis=1)
-    within = _padded(chosen.reshape(-1, n // groups)).reshape(*groups_kept.shape, -1)
-    heads_kept = (groups_kept[..., None] * (n // groups) + within).reshape(stack, -1)
+    within = _padded(chosen.reshape(-1, n // groups))
+    each = within.shape[-1]  # query heads kept in a group
+    within = within.reshape(*groups_kept.shape, each)
+    heads_kept = groups_kept[..., None] * (n // groups) + within
+    heads_kept = heads_kept.reshape(stack, groups_kept.shape[1] * each)
     before = (n, groups)
     after = (heads_kept.shape[1], groups_kept.shape[1])
 
@@ -141,17 +146,17 @@ def _shrink_heads(leaves: dict[str, Any], layer, roles: Roles, notes: list[str])
 
     kept = (heads_kept, groups_kept, groups_kept)
     q, k, v = (take(x, i, 1) for x, i in zip((q, k, v), kept, strict=True))
-    leaves.update(
-        zip(layer.qkv, _roles.join_qkv((q, k, v), kernels, roles), strict=True)
-    )
+    joined = _roles.join_qkv((q, k, v), kernels, explicit=explicit)
+    leaves.update(zip(layer.qkv, joined, strict=True))
     q, k, v = (take(x, i, 1) for x, i in zip(biases, kept, strict=True))
-    for path, x in zip(layer.qkv, _roles.join_qkv((q, k, v), rows, roles), strict=True):
+    joined = _roles.join_qkv((q, k, v), rows, explicit=explicit)
+    for path, x in zip(layer.qkv, joined, strict=True):
         if _bias(path) in leaves:
             leaves[_bias(path)] = jnp.squeeze(x, d_axis)
     out = take(out, heads_kept, 0)  # [stack, heads kept, head_dim, d]
     whole = leaves[layer.out]
     if not explicit:
-        out = out.reshape(stack, -1, out.shape[-1])
+        out = out.reshape(stack, out.shape[1] * out.shape[2], out.shape[-1])
     leaves[layer.out] = out if out.ndim == whole.ndim else out[0]
     return (before[0], after[0]), (before[1], after[1])
 
@@ -183,9 +188,14 @@ def _shrink_mlp(leaves: dict[str, Any], layer, activation, notes: list[str]):
             if (deaf[0] & ~nothing).any():
                 notes.append("neurons with constant output stay: no bias to hold it")
             dead = dead | (deaf[0] & nothing)
-    elif zero_at_zero:
+    else:
         for x, b in zip(deaf, biases, strict=True):
-            dead = dead | (x & np.asarray(b == 0))
+            silent = x & np.asarray(b == 0) & zero_at_zero
+            if (x & ~silent & ~dead).any():
+                notes.append(
+                    "neurons with one zero input stay: it is not 0 behind its bias"
+                )
+            dead = dead | silent
     out = out * jnp.asarray(~dead, out.dtype)[..., None]  # padding must stay silent
     kept = _padded(~dead)
 

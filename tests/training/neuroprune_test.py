@@ -1,5 +1,7 @@
 """NeuroPrune on every layout of attention kernels: counts, heads, folds, shrinking."""
 
+import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -363,9 +365,125 @@ def test_eq_1_polarises_degrees_and_uniform_l1_does_not():
     assert deviation["missing"] > 2 * deviation["uniform"]
 
 
+def test_fixed_strengths_go_to_their_own_equations():
+    roles = layout(degree=()).roles
+    attention = dataclasses.replace(roles, mlp_in=(), mlp_out=())
+    thresholds = {}
+    for name, some in (("both", roles), ("attention alone", attention)):
+        method = jp.neuroprune(roles=some, end=9, strengths=(0.0, 0.01))
+        tx, params = jp.masked(optax.sgd(0.1), method), make(layout())
+        _, state = tx.update(params, tx.init(params), params)
+        thresholds[name] = state.method.own.thresholds["layers/0/query/kernel"]
+    assert (thresholds["both"] > 0).all()
+    np.testing.assert_array_equal(thresholds["both"], thresholds["attention alone"])
+
+
+@pytest.mark.parametrize("stack", [0, 3], ids=["apart", "stacked"])
+@pytest.mark.parametrize(("heads", "size"), [(2, 8), (4, 16), (4, 2)])
+def test_degrees_of_an_output_projection_are_counted_by_unit(heads, size, stack):
+    """`[heads, head_dim, d]` and `[heads * head_dim, d]` are the same matrix."""
+    thresholds = []
+    for explicit in (True, False):
+        draw = functools.partial(jax.random.normal, jax.random.key(0))
+        lead = (stack,) if stack else ()
+        inner = (heads, size) if explicit else (heads * size,)
+        params = {n: {"kernel": draw((*lead, 8, *inner))} for n in "qkv"}
+        out = draw((*lead, heads * size, 8)) * (draw((8,)) > 0)
+        params["o"] = {"kernel": out.reshape(*lead, *inner, 8)}
+        names = {n: f"{n[0]}/kernel" for n in ("query", "key", "value", "out")}
+        roles = jp.Roles(**names, degree="o/kernel", heads=heads)
+        tx = jp.masked(optax.sgd(0.1), jp.neuroprune(0.5, roles=roles, end=9))
+        _, state = tx.update(params, tx.init(params), params)
+        thresholds.append(state.method.own.thresholds["o/kernel"].reshape(*lead, 8))
+    np.testing.assert_array_equal(*thresholds)
+    assert len(np.unique(thresholds[0])) > 1
+
+
+@pytest.mark.parametrize("form", LAYOUTS)
+def test_a_layer_may_lose_all_of_its_heads(form):
+    params = make(form, edit=lambda c, i: c | {"o": 0 * c["o"]})
+    small, sizes = jp.neuroprune_shrink(params, roles=form.roles)
+    assert all(s.heads == (HEADS, 0) for s in sizes)
+    for layer, kept in zip(
+        unstacked(params, form), unstacked(small, form), strict=True
+    ):
+        assert kept["out"]["kernel"].size == 0
+        np.testing.assert_array_equal(kept["out"]["bias"], layer["out"]["bias"])
+
+
+def test_one_head_in_fused_stacks():
+    kernel, bias = jnp.ones((2, 4, 9)), jnp.ones((2, 9))
+    params = {
+        "qkv": {"kernel": kernel, "bias": bias}, "o": {"kernel": jnp.ones((2, 3, 4))},
+    }  # fmt: skip
+    roles = jp.Roles(qkv="qkv/kernel", out="o/kernel", heads=1)
+    small, _ = jp.neuroprune_shrink(params, roles=roles)
+    assert jax.tree.map(jnp.shape, small) == jax.tree.map(jnp.shape, params)
+
+
+def _init(params=None, **options):
+    """What `init` says to NeuroPrune on two layers with separate kernels."""
+    method = jp.neuroprune(0.5, end=9, **options)
+    return jp.masked(optax.sgd(0.1), method).init(params or make(layout()))
+
+
+NAMES = {n: f"*/{n}/kernel" for n in ("query", "key", "value")}
+ATTENTION = jp.Roles(**NAMES, heads=HEADS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"allocation": "erk"}, "allocation: got 'erk'; expected one of"),
+        ({"reading": "mising"}, "reading: got 'mising'; expected one of"),
+        ({"attention": "l2"}, "attention: got 'l2'"),
+        ({"eps": -1}, "eps: got -1"),
+        ({"roles": ATTENTION, "head_every": 3}, r"head_every: no layer has.*Give out="),
+        (
+            {
+                "roles": dataclasses.replace(ATTENTION, out="*/out/kernel"),
+                "head_every": 3, "fold": "mlp",
+            },
+            r"fold: 'mlp' needs mlp_in.*'layers/0'|fold: 'mlp' needs mlp_in.*layers/0",
+        ),
+        (
+            {"roles": jp.Roles(mlp_in="*/up/kernel", mlp_out="*/0/down/kernel")},
+            r"mlp_out matches 'layers/0/down/kernel', but mlp_in matches no leaf of its",
+        ),
+        (
+            {"roles": jp.Roles(out="*/out/kernel")},
+            r"out matches .*but query, key, value or qkv is not given",
+        ),
+        (
+            {"roles": dataclasses.replace(ATTENTION, degree="*/query/kernel")},
+            r"degree matches layers/0/query/kernel.*Take them out",
+        ),
+    ],
+    ids=["allocation", "reading", "attention", "eps", "no-out", "no-mlp", "unlinked",
+         "out-alone", "degree"],
+)  # fmt: skip
+def test_options_that_do_not_fit_are_refused_before_the_first_step(options, message):
+    with pytest.raises(ValueError, match=message):
+        _init(**({"roles": layout().roles} | options))
+
+
+@pytest.mark.parametrize("strengths", [(0.1,), (-1, 0.1), 0.01], ids=str)
+def test_strengths_are_two_numbers(strengths):
+    with pytest.raises(ValueError, match=r"strengths: got .*expected two numbers"):
+        jp.neuroprune(roles=layout().roles, end=9, strengths=strengths)
+
+
+def test_shrinking_does_not_guess_head_counts():
+    params = make(layout(explicit=True, groups=1))
+    with pytest.raises(ValueError, match=r"do not divide into 4, 4 and 4 heads"):
+        jp.neuroprune_shrink(params, roles=layout().roles)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: jp.Roles(qkv="qkv", heads=4.0), "heads=4.0; expected a whole number"),
+        (lambda: jp.Roles(qkv="q", heads=4, kv_heads=-2), "kv_heads=-2; expected a whole"),
         (lambda: jp.Roles(query="q", heads=2), "all three of query, key, value"),
         (lambda: jp.Roles(qkv="qkv"), "heads=None"),
         (lambda: jp.Roles(qkv="qkv", heads=4, kv_heads=3), "multiple of kv_heads"),
@@ -392,8 +510,8 @@ def test_eq_1_polarises_degrees_and_uniform_l1_does_not():
             "do not divide|cannot|shape",
         ),
     ],
-    ids=["half-qkv", "no-heads", "kv-heads", "target", "fold", "head-every", "range",
-         "no-match", "wrong-heads"],
+    ids=["float-heads", "negative-kv-heads", "half-qkv", "no-heads", "kv-heads", "target",
+         "fold", "head-every", "range", "no-match", "wrong-heads"],
 )  # fmt: skip
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
