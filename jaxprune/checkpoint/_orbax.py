@@ -1,5 +1,6 @@
 """Saving and restoring parameters, masks and optimizer state through Orbax."""
 
+import dataclasses
 import os
 import pathlib
 from typing import Any
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import masks
 from jaxprune._tree import PyTree
 
 
@@ -53,7 +55,8 @@ def restore(path: str | os.PathLike[str], *, like: PyTree) -> PyTree:
       path: the folder.
       like: a tree of the same structure, of arrays or of `jax.ShapeDtypeStruct`s, such as
         `(params, tx.init(params))` or the `jax.eval_shape` of it. Arrays come back with
-        its dtypes and, where it has them, its shardings: another mesh is welcome.
+        its dtypes and, where it has them, its shardings. Another mesh is welcome: masks
+        packed along another axis there are packed anew.
 
     Raises:
       FileNotFoundError: if there is no complete checkpoint at `path`.
@@ -62,12 +65,22 @@ def restore(path: str | os.PathLike[str], *, like: PyTree) -> PyTree:
     from orbax.checkpoint import v1 as ocp
 
     path = pathlib.Path(path).absolute()
-    if not path.is_dir():
+    try:
+        saved = _by_name(ocp.metadata(str(path)).metadata)
+    except (FileNotFoundError, ocp.errors.InvalidLayoutError) as e:
         raise FileNotFoundError(
-            f"path: {path} is no folder. Pass one that jaxprune.checkpoint.save wrote."
-        )
-    _check(ocp.metadata(str(path)).metadata, like, path)
-    return ocp.load(str(path), jax.tree.map(_abstract, like))
+            f"path: {path} is no complete checkpoint. Pass a folder that "
+            "jaxprune.checkpoint.save wrote."
+        ) from e
+    there = jax.tree_util.tree_map_with_path(
+        lambda p, x: _as_saved(x, saved.get(f"{_name(p)}/bits")),
+        like,
+        is_leaf=_is_packed,
+    )
+    _check(saved, there, path)
+    found = ocp.load(str(path), jax.tree.map(_abstract, there))
+    found = jax.tree.map(_as_packed, found, like, is_leaf=_is_packed)
+    return jax.tree.map(_as_placed, found, like)
 
 
 def _abstract(x: Any) -> Any:
@@ -78,11 +91,52 @@ def _abstract(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def _check(saved: PyTree, like: PyTree, path: pathlib.Path) -> None:
-    def leaves(tree):
-        return {_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+def _as_saved(x: Any, bits: Any) -> Any:
+    """A packed mask of `like` as it lies in the checkpoint; anything else as it is."""
+    if not _is_packed(x) or bits is None or tuple(bits.shape) == tuple(x.bits.shape):
+        return x
+    axis = _packed_axis(tuple(bits.shape), x.shape)
+    there = jax.ShapeDtypeStruct(bits.shape, bits.dtype)
+    return dataclasses.replace(x, bits=there, axis=axis)
 
-    there, wanted = leaves(saved), leaves(like)
+
+def _packed_axis(packed: tuple[int, ...], shape: tuple[int, ...]) -> int | None:
+    """The axis along which bits of the shape `packed` hold a mask of `shape`."""
+    for axis, length in enumerate(shape):
+        if packed == (*shape[:axis], -(-length // 8), *shape[axis + 1 :]):
+            return axis
+    return None
+
+
+def _as_packed(found: Any, like: Any) -> Any:
+    """A mask packed along the axis that `like` has."""
+    if not _is_packed(found) or found.axis == like.axis:
+        return found
+    mask = masks.repack(masks.as_bool(found), like)
+    sharding = getattr(like.bits, "sharding", None)
+    return mask if sharding is None else jax.device_put(mask, sharding)
+
+
+def _as_placed(found: Any, like: Any) -> Any:
+    """Free to go where other arrays are, if `like` is; a step beside a mesh, say."""
+    if not isinstance(found, jax.Array) or _is_placed(like):
+        return found
+    if jnp.issubdtype(found.dtype, jax.dtypes.prng_key):
+        words = jnp.asarray(np.asarray(jax.random.key_data(found)))
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(found))
+    return jnp.asarray(np.asarray(found))
+
+
+def _is_placed(x: Any) -> bool:
+    return getattr(x, "committed", getattr(x, "sharding", None) is not None)
+
+
+def _is_packed(x: Any) -> bool:
+    return isinstance(x, masks.PackedMask)
+
+
+def _check(there: dict[str, Any], like: PyTree, path: pathlib.Path) -> None:
+    wanted = _by_name(like)
     if missing := sorted(wanted.keys() - there.keys()):
         raise ValueError(
             f"like: {path} holds no {', '.join(missing[:5])}"
@@ -104,6 +158,10 @@ def _check(saved: PyTree, like: PyTree, path: pathlib.Path) -> None:
                 f"like: {name} has shape {shape}, but {path} holds {found}. Restore with "
                 "the sizes that were saved."
             )
+
+
+def _by_name(tree: PyTree) -> dict[str, Any]:
+    return {_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _shape(x: Any) -> tuple[int, ...]:
