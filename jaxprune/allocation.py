@@ -50,7 +50,7 @@ def erk(shapes: Shapes, sparsity: float | Fraction) -> dict[str, Fraction]:
     dense: set[str] = set()
     while True:
         free = [p for p in shapes if p not in dense]
-        if not free:
+        if not free or not budget:  # no weights at all
             return dict.fromkeys(shapes, Fraction(0))
         left = budget - sum(math.prod(shapes[p]) for p in dense)
         scale = left / sum(raw[p] * math.prod(shapes[p]) for p in free)

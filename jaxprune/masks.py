@@ -71,7 +71,7 @@ def count(masks: PyTree) -> Count:
       >>> jp.masks.count({"w": jnp.array([True, False, True]), "b": None})
       Count(kept=2, total=3)
     """
-    leaves = _mask_leaves(masks)
+    leaves = _mask_leaves(masks).values()
     return Count(
         sum(int(count_leaf(m)) for m in leaves), sum(math.prod(m.shape) for m in leaves)
     )
@@ -291,12 +291,12 @@ def _is_packed(x) -> bool:
     return isinstance(x, PackedMask)
 
 
-def _mask_leaves(masks: PyTree) -> list[Array | PackedMask]:
+def _mask_leaves(masks: PyTree) -> dict[str, Array | PackedMask]:
     paths, leaves, _ = _tree.flatten(masks, _is_packed)
-    found = [(p, x) for p, x in zip(paths, leaves, strict=True) if not _tree.is_hole(x)]
-    for path, leaf in found:
+    found = {p: x for p, x in zip(paths, leaves, strict=True) if not _tree.is_hole(x)}
+    for path, leaf in found.items():
         _check_leaf(path, leaf)
-    return [x for _, x in found]
+    return found
 
 
 def _check_leaf(path: str, mask) -> None:
@@ -310,13 +310,14 @@ def _check_leaf(path: str, mask) -> None:
 def _pairs(a: PyTree, b: PyTree) -> list[tuple[Array, Array]]:
     """The boolean masks of two trees, leaf by leaf."""
     first, second = _mask_leaves(a), _mask_leaves(b)
-    shapes = [[tuple(x.shape) for x in leaves] for leaves in (first, second)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"masks: two trees that do not match, of the shapes {shapes[0]} and "
-            f"{shapes[1]}. Compare masks of the same parameters."
-        )
-    return [(as_bool(x), as_bool(y)) for x, y in zip(first, second, strict=True)]
+    for path in first | second:
+        shapes = [tuple(x[path].shape) if path in x else None for x in (first, second)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"masks: two trees that do not match: the shapes at {path} are "
+                f"{shapes[0]} and {shapes[1]}. Compare masks of the same parameters."
+            )
+    return [(as_bool(x), as_bool(second[path])) for path, x in first.items()]
 
 
 def _shares(kept: int, size: int) -> tuple[str, str]:

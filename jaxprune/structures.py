@@ -7,6 +7,7 @@ For a two-dimensional Flax kernel these are axes -2 and -1; other layouts say so
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Protocol, TypeAlias
@@ -107,13 +108,12 @@ class NM:
     stride: int = 1
 
     def __post_init__(self) -> None:
+        _check_whole("NM", n=self.n, m=self.m, stride=self.stride)
         if not 0 < self.n < self.m:
             raise ValueError(
                 f"NM: got n={self.n}, m={self.m}; expected 0 < n < m, where n weights are "
                 "kept of every m. NM(2, 4) keeps two of four."
             )
-        if self.stride < 1:
-            raise ValueError(f"NM: got stride={self.stride}; expected at least 1.")
 
     def units(self, path: str, leaf: Any) -> int:
         """Number of groups."""
@@ -224,10 +224,7 @@ class Block:
     out_axis: Axes = -1
 
     def __post_init__(self) -> None:
-        if self.rows < 1 or self.cols < 1:
-            raise ValueError(
-                f"Block: got rows={self.rows}, cols={self.cols}; expected both at least 1."
-            )
+        _check_whole("Block", rows=self.rows, cols=self.cols)
 
     def units(self, path: str, leaf: Any) -> int:
         """Number of blocks."""
@@ -337,9 +334,18 @@ class Channel:
         return tuple(sorted({*axes, *stack}))
 
 
+def _check_whole(structure: str, **extents: int) -> None:
+    for name, value in extents.items():
+        if not isinstance(value, numbers.Integral) or value < 1:
+            raise ValueError(
+                f"{structure}: got {name}={value!r}; expected a whole number of at least 1."
+            )
+
+
 def _merge(x: Array, axis: int) -> Array:
     """Makes one of `axis` and the next."""
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    both = x.shape[axis] * x.shape[axis + 1]
+    return x.reshape(*x.shape[:axis], both, *x.shape[axis + 2 :])
 
 
 def _ranks(members: Sequence[Array]) -> list[Array]:

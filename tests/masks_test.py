@@ -225,7 +225,11 @@ def test_trees_that_are_no_masks(function):
 @pytest.mark.parametrize("function", [masks.flipped, masks.overlap])
 def test_masks_that_cannot_be_compared(function):
     a, b = {"w": GOOD}, {"w": GOOD.T}
-    with pytest.raises(ValueError, match=r"do not match, of the shapes .*\(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"do not match: the shapes at w are .*\(2, 3\)"
+    ):
         function(a, b)
     with pytest.raises(ValueError, match="do not match"):
         function(a, {"w": GOOD, "v": GOOD})
+    with pytest.raises(ValueError, match="the shapes at x are"):
+        function({"x": GOOD, "y": None}, {"x": None, "y": GOOD})

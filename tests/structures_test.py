@@ -289,8 +289,9 @@ def test_empty_leaves(structure):
     [
         (lambda: jp.NM(4, 4), 0, (4, 4), "NM: got n=4, m=4; expected 0 < n < m, where n "
          "weights are kept of every m. NM(2, 4) keeps two of four."),
-        (lambda: jp.NM(0, 4), 0, (4, 4), "NM: got n=0, m=4; expected 0 < n < m"),
-        (lambda: jp.NM(2, 4, stride=0), 0, (4, 4), "NM: got stride=0; expected at least"),
+        (lambda: jp.NM(0, 4), 0, (4, 4), "NM: got n=0; expected a whole number"),
+        (lambda: jp.NM("2", 4), 0, (4, 4), "NM: got n='2'; expected a whole number of at"),
+        (lambda: jp.NM(2, 4, stride=0), 0, (4, 4), "NM: got stride=0; expected a whole"),
         (lambda: jp.NM(2, 4), 0.5, (6, 4), "layer/kernel: NM(n=2, m=4, axis=-2, stride=1) "
          "does not divide axis (0,) of length 6 (shape (6, 4)); expected a multiple of 4. "
          "Choose another m or axis=, or leave the leaf out with where='!layer/kernel'."),
@@ -304,7 +305,7 @@ def test_empty_leaves(structure):
          "names an axis twice; expected different ones."),
         (lambda: jp.NM(2, 4, axis={"head/*": 0}), 0.5, (8, 4), "layer/kernel: no pattern "
          "of NM axis={'head/*': 0} matches it. Add one, such as '*': -2."),
-        (lambda: jp.Block(0, 4), 0.5, (8, 4), "Block: got rows=0, cols=4; expected both"),
+        (lambda: jp.Block(0, 4), 0.5, (8, 4), "Block: got rows=0; expected a whole"),
         (lambda: jp.Block(3, 2), 0.5, (8, 4), "layer/kernel: Block(rows=3, cols=2, axis=-2,"
          " out_axis=-1) does not divide its shape (8, 4): rows=3 against length 8. Choose "
          "a divisor of 8, or leave the leaf out with where='!layer/kernel'."),
