@@ -109,9 +109,8 @@ ARMS = {
     "Eq. 1 + attention": lambda s, end: neuroprune(s, end),
 }
 # The best of the trials; the parts of NeuroPrune are trained as the whole.
-TUNED = dict.fromkeys(ARMS, Setting(4e-4, 200)) | {
+TUNED = dict.fromkeys(ARMS, Setting(4e-4, 130)) | {
     "dense": Setting(2e-4, 0),
-    "uniform l1": Setting(4e-4, 130),
     "magnitude (GMP)": Setting(2e-4, 130),
 }
 MAIN = ("uniform l1", "magnitude (GMP)", "NeuroPrune")
