@@ -104,10 +104,13 @@ def decide(
         for path, (f, xs) in zip(plan.paths, scored, strict=True)
     ]
     cuts = _select.cuts(units, kept, plan.groups)
-    return [
-        plan.structure.mask(path, f(*xs), _select.keep(u.score(*u.operands), cut))
-        for path, (f, xs), u, cut in zip(plan.paths, scored, units, cuts, strict=True)
-    ]
+    masks = []
+    for path, (f, xs), unit, cut in zip(plan.paths, scored, units, cuts, strict=True):
+        scores, of_units = f(*xs), unit.score(*unit.operands)
+        is_fine = of_units.shape == scores.shape
+        keep = _select.keep if is_fine else _select.keep_stored
+        masks.append(plan.structure.mask(path, scores, keep(of_units, cut)))
+    return masks
 
 
 def prune(

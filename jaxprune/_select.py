@@ -114,6 +114,17 @@ def keep(scores: Array, cut: Cut) -> Bool[Array, "..."]:
     return above | (ties & _before(*_positions(scores.shape), cut.row, cut.column))
 
 
+def keep_stored(scores: Array, cut: Cut) -> Bool[Array, "..."]:
+    """As `keep`, for scores that are stored, each of them shared by many weights.
+
+    Behind a branch: otherwise XLA would draw the mask, and whatever the scores are
+    computed from, again for each of those weights.
+    """
+    scores = scores.astype(_dtype_of(cut.threshold, scores.dtype))
+    nothing = cut.threshold == _bounds(scores.dtype)[1]
+    return lax.cond(nothing, lambda x, _: x < x, keep, scores, cut)
+
+
 def threshold_value(cut: Cut) -> Float[Array, ""]:
     """A number that divides the scores kept from the others, float32.
 
