@@ -52,16 +52,6 @@ TUNING = HERE / "results" / "neuroprune_minilm_tuning.jsonl"
 TIMES = HERE / "results" / "neuroprune_minilm_times.jsonl"
 BEGIN, EVERY = 20, 10
 ENCODER = "layers/*/kernel"
-ROLES = jp.Roles(
-    mlp_in="layers/*/mlp/up/kernel",
-    mlp_out="layers/*/mlp/down/kernel",
-    query="layers/*/attn/query/kernel",
-    key="layers/*/attn/key/kernel",
-    value="layers/*/attn/value/kernel",
-    out="layers/*/attn/out/kernel",
-    degree="layers/*/attn/out/kernel",
-    heads=12,
-)
 
 
 def shuffled(kernel):
@@ -87,7 +77,7 @@ TRIALS = {"dense": (Setting(2e-4, 0), Setting(4e-4, 0))} | dict.fromkeys(
 def neuroprune(sparsity, end, **options):
     options = {"head_every": None} | options
     return jp.neuroprune(
-        sparsity, roles=ROLES, begin=BEGIN, end=end, every=EVERY, **options
+        sparsity, roles=model.ROLES, begin=BEGIN, end=end, every=EVERY, **options
     )
 
 
@@ -178,7 +168,7 @@ def run(arm: str, sparsity: float, seed: int, builder) -> dict:
     mlp = [x for p, x in kernels.items() if "/mlp/" in p]
     pure = [np.asarray(x) for x in kernels.values()]
     small, sizes = jp.neuroprune_shrink(
-        params, roles=ROLES, activation=model.activation
+        params, roles=model.ROLES, activation=model.activation
     )
     out = {
         "arm": arm, "sparsity": sparsity, "seed": seed,

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool
 from jaxprune import _select, _tree, _wide, scores
 from jaxprune import allocation as allocations
 from jaxprune import masks as mask_trees
+from jaxprune._elementwise import is_elementwise
 from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation
 from jaxprune.structures import NM, Structure, Unstructured
@@ -97,7 +98,7 @@ def decide(
     scored = []
     for path, xs in zip(plan.paths, leaves, strict=True):
         _check_scores(path, jax.eval_shape(score, *xs), xs[0])
-        stored = not _select.is_elementwise(score, *xs)
+        stored = not is_elementwise(score, *xs)
         scored.append((_same, (score(*xs),)) if stored else (score, xs))
     units = [
         plan.structure.scored(path, f, *xs)

@@ -8,26 +8,18 @@ pass needs one all-reduce of a few scalars, and nothing of the scores' size is s
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import core, lax
-from jax.extend.core import ClosedJaxpr
 from jaxtyping import Array, Bool, Float, UInt, UInt32
 
 from jaxprune import _wide
 from jaxprune._wide import Wide
 
 _FIELD = 10  # bits of one of the three counters that share a 32-bit word
-_ELEMENTWISE = frozenset(
-    "abs add and cbrt ceil clamp convert_element_type copy cos div eq erf exp exp2 expm1 "
-    "floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg not or "
-    "pow reduce_precision rem round rsqrt select_n sign sin sqrt square stop_gradient sub "
-    "tanh xor".split()
-)
-_CALLS = frozenset("jit pjit closed_call custom_jvp_call custom_vjp_call".split())
 _SMALL = 1 << 12  # up to this, less code to compile counts for more than time
 _SAMPLE = 1 << 15  # a leaf is thinned out by eights down to this size
 
@@ -149,26 +141,6 @@ def ordered(x: Float[Array, "..."]) -> UInt[Array, "..."]:
     return jnp.where(x != x, 0, jnp.where(bits & sign != 0, ~bits, bits | sign))
 
 
-def is_elementwise(f: Callable[..., Array], *operands: Array) -> bool:
-    """Whether each element of `f(*operands)` depends only on those at its own place.
-
-    A function that reads the shape does not: it says something else of a part of an
-    array. In doubt the answer is no.
-    """
-    shape = operands[0].shape
-    seen = []
-    for longer in (0, 1):
-        parts = [
-            jax.ShapeDtypeStruct(tuple(n + longer for n in shape), x.dtype)
-            for x in operands
-        ]
-        try:
-            seen.append(_recipe(jax.make_jaxpr(f)(*parts)))
-        except (TypeError, ValueError):  # it holds an array of the first shape
-            return False
-    return seen[0] is not None and seen[0] == seen[1]
-
-
 def fold_axis(x: Array) -> int | None:
     """An axis that splits into groups of eight inside every shard, or `None`.
 
@@ -183,28 +155,6 @@ def fold_axis(x: Array) -> int | None:
         if length and length % unit == 0 and (length // 8) % shards[axis] == 0:
             return axis
     return None
-
-
-def _recipe(closed: Any) -> list | None:
-    """The elementwise operations of a jaxpr and their numbers; `None` if it has others."""
-    if any(jnp.ndim(c) for c in closed.consts):
-        return None
-    found: list = [id(c) if isinstance(c, core.Tracer) else c for c in closed.consts]
-    for eqn in closed.jaxpr.eqns:
-        name = eqn.primitive.name
-        if name in _CALLS:
-            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-            if not isinstance(inner, ClosedJaxpr) or (part := _recipe(inner)) is None:
-                return None
-            found.append(part)
-        elif name == "broadcast_in_dim":
-            if eqn.invars[0].aval.shape:
-                return None
-        elif name not in _ELEMENTWISE:
-            return None
-        literals = [float(x.val) for x in eqn.invars if hasattr(x, "val")]
-        found.append((name, literals, eqn.params.get("y"), eqn.params.get("new_dtype")))
-    return found
 
 
 def shard_counts(x: Array) -> list[int]:

