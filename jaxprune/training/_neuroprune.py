@@ -257,18 +257,18 @@ def neuroprune(
             p: penalties.soft_threshold(leaves[p], t) for p, t in own.thresholds.items()
         }
         if head_every is not None and own.alive:
+            found = _layers_with_heads(roles, list(leaves))
             current = leaves | moved
-            targets = {}
-            for layer in _layers_with_heads(roles, list(leaves)):
-                path = layer.out if fold == "out" else layer.mlp_in[0]
-                targets[path] = own.fold[layer.name]
-            folded = lax.cond(
+            targets = [str(x.out if fold == "out" else x.mlp_in[0]) for x in found]
+            moved |= lax.cond(
                 own.folding,
-                lambda xs: {p: _fold(xs[p], targets[p], roles, fold) for p in xs},
+                lambda xs: {
+                    p: _fold(xs[p], own.fold[x.name], x, leaves, roles, fold)
+                    for p, x in zip(targets, found, strict=True)
+                },
                 lambda xs: xs,
                 {p: current[p] for p in targets},
             )
-            moved |= folded
         return _map_with_path(lambda p, x: moved.get(p, x), params)
 
     return Method(init, update, mask_gradients, project, masks.apply)
@@ -369,7 +369,7 @@ def _head_masks(leaves, alive, roles: Roles) -> dict[str, Bool[Array, "..."]]:
         explicit = _has_explicit_heads(leaves, layer, roles)
         stays = alive[layer.name]  # [stack, heads]
         group_stays = stays.reshape(stays.shape[0], roles.groups, -1).any(-1)
-        ones = [jnp.ones(x.shape, bool) for x in kernels]
+        ones = [jnp.ones_like(x, bool) for x in kernels]
         parts = _roles.split_qkv(ones, roles, explicit=explicit)
         q, k, v = (
             x & s[:, None, :, None]
@@ -379,20 +379,22 @@ def _head_masks(leaves, alive, roles: Roles) -> dict[str, Bool[Array, "..."]]:
         out |= dict(zip(layer.qkv, joined, strict=True))
         kernel = leaves[layer.out]
         view = _roles.split_out(
-            jnp.ones(kernel.shape, bool), roles.heads or 0, explicit=explicit
+            jnp.ones_like(kernel, bool), roles.heads or 0, explicit=explicit
         )
-        out[layer.out] = (view & stays[:, :, None, None]).reshape(kernel.shape)
+        view = view & stays[:, :, None, None]
+        out[layer.out] = _roles.join_out(view, kernel, explicit=explicit)
     return out
 
 
-def _fold(kernel, dominating, roles: Roles, fold: str):
+def _fold(kernel, dominating, layer: _roles.Layer, leaves, roles: Roles, fold: str):
     """Folds the heads of W_O, or the rows of L_in; in each layer of a stack."""
-    stack, units = len(dominating), kernel.shape[-1]
     if fold == "mlp":
-        rows = kernel.reshape(stack, -1, units)
-        return jax.vmap(_heads.fold_into_mlp)(rows, dominating).reshape(kernel.shape)
-    heads = kernel.reshape(stack, roles.heads or 0, -1, units)
-    return jax.vmap(_heads.fold_heads)(heads, dominating).reshape(kernel.shape)
+        stacked = kernel if kernel.ndim == 3 else kernel[None]
+        return jax.vmap(_heads.fold_into_mlp)(stacked, dominating).reshape(kernel.shape)
+    explicit = _has_explicit_heads(leaves, layer, roles)
+    view = _roles.split_out(kernel, roles.heads or 0, explicit=explicit)
+    folded = jax.vmap(_heads.fold_heads)(view, dominating)
+    return _roles.join_out(folded, kernel, explicit=explicit)
 
 
 def _bools(packed: PyTree) -> PyTree:

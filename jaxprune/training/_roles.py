@@ -179,6 +179,14 @@ def split_out(x: Array, heads: int, *, explicit: bool) -> Array:
     return x[None] if x.ndim == 3 else x
 
 
+def join_out(x: Array, like: Any, *, explicit: bool) -> Array:
+    """Undoes `split_out`; head counts may have changed."""
+    # First of all: on explicit meshes a reshape may not merge a stack of one as well.
+    x = x if like.ndim > (3 if explicit else 2) else x[0]
+    rows = x.shape[-3] * x.shape[-2]
+    return x if explicit else x.reshape(*x.shape[:-3], rows, x.shape[-1])
+
+
 def has_head_axis(x: Any, heads: int) -> bool:
     """Whether a query or fused kernel has heads as an axis of its own."""
     return x.ndim >= 3 and x.shape[-2] == heads

@@ -154,10 +154,7 @@ def _shrink_heads(leaves: dict[str, Any], layer, roles: Roles, notes: list[str])
         if _bias(path) in leaves:
             leaves[_bias(path)] = jnp.squeeze(x, d_axis)
     out = take(out, heads_kept, 0)  # [stack, heads kept, head_dim, d]
-    whole = leaves[layer.out]
-    if not explicit:
-        out = out.reshape(stack, out.shape[1] * out.shape[2], out.shape[-1])
-    leaves[layer.out] = out if out.ndim == whole.ndim else out[0]
+    leaves[layer.out] = _roles.join_out(out, leaves[layer.out], explicit=explicit)
     return (before[0], after[0]), (before[1], after[1])
 
 

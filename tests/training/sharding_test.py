@@ -1,6 +1,7 @@
 """The same masks on one device and on a mesh, found without moving the weights."""
 
 import functools
+import math
 import re
 
 import jax
@@ -40,7 +41,12 @@ METHODS = {
     "gmp-nm": jp.gmp(0.5, structure=jp.NM(2, 4), **RAMP),
     "gmp-block": jp.gmp(0.5, structure=jp.Block(4, 4), **RAMP),
     "gmp-channel": jp.gmp(0.5, structure=jp.Channel(), **RAMP),
+    "neuroprune": jp.neuroprune(
+        0.5, roles=jp.Roles(mlp_in="*/kernel"), end=1, every=1, reading="inverse"
+    ),
 }
+# The score of a channel, and the degree of a neuron, are sums over devices.
+LARGEST = {"gmp-channel": 512, "neuroprune": 512}
 
 
 def make_params(layout):
@@ -121,9 +127,7 @@ def test_a_mesh_gives_the_masks_of_one_device(name, kind):
     check_shardings(_bits(state), params)
 
     update = jax.jit(functools.partial(step, tx)).lower(params, state).compile()
-    # The score of a channel is a sum over devices: one number a channel.
-    largest = 512 if name == "gmp-channel" else 8
-    shapes = check_program(update.as_text(), largest)
+    shapes = check_program(update.as_text(), LARGEST.get(name, 8))
     assert "all-reduce" in shapes
     updates, state = update(params, update(params, state)[1])
     check_shardings(updates, params)
@@ -138,6 +142,36 @@ def test_a_mesh_gives_the_masks_of_one_device(name, kind):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
         updates, plain_updates,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MESHES)
+def test_heads_on_a_mesh(kind):
+    """No more than the weights of one head move at a time, to be compared with others."""
+    inward, outward = P("data", "model"), P("model", "data")
+    layout = dict.fromkeys(("query", "key", "value"), ((64, 64), inward))
+    layout |= {"out": ((64, 64), outward), "up": ((64, 128), inward)}
+    plain = make_params(layout)
+    roles = jp.Roles(**{n: f"{n}/kernel" for n in ("query", "key", "value", "out")},
+                     mlp_in="up/kernel", heads=4)  # fmt: skip
+    tx = jp.masked(optax.adam(0.1), jp.neuroprune(
+        0.5, roles=roles, end=1, every=1, head_every=1, theta=None, theta_rel=2.0))  # fmt: skip
+    run = jax.jit(functools.partial(step, tx))
+    _, expected = run(plain, run(plain, tx.init(plain))[1])
+    assert not next(iter(expected.method.own.alive.values())).all()
+
+    params = place(plain, layout, kind)
+    state = initialise(tx, params, kind)
+    update = run.lower(params, state).compile()
+    moved = re.findall(r"= (.*?) (?:all-|collective-)[a-z-]+\(", update.as_text())
+    assert moved
+    for shape in re.findall(r"\[([\d,]+)\]", " ".join(moved)):
+        assert math.prod(map(int, shape.split(","))) <= 64 * 16, shape
+    _, state = update(params, update(params, state)[1])
+    check_shardings(jp.get_masks(state), params)
+    # Scores hold sums of rows, which agree to rounding; here no weight is that close.
+    jax.tree.map(
+        np.testing.assert_array_equal, jp.get_masks(state), jp.get_masks(expected)
+    )
 
 
 def _bits(state):
