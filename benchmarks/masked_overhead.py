@@ -8,8 +8,8 @@ ratio to the plain step of the same round, so that a slow moment of the machine 
 
 Expected before measuring: without a mask update one extra read of the packed masks and a
 `where` that fuses into the optimizer, 1.00 to 1.03; an update step 1.4 to 1.6
-(about seven passes that compare and count, one to draw masks, one to reset moments), the
-same for 2:4 (fewer scores to count, but four weights to rank) and less for blocks.
+(about ten passes that compare and count, one to draw masks, one to reset moments), more
+for 2:4 (whose passes rank four weights each) and less for blocks (one pass of sums).
 """
 
 import argparse
