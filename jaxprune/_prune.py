@@ -18,7 +18,7 @@ from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation
 from jaxprune.structures import NM, Structure, Unstructured
 
-Score: TypeAlias = Callable[[Array], Array]
+Score: TypeAlias = Callable[..., Array]
 
 
 @dataclasses.dataclass(frozen=True)

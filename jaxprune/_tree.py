@@ -122,6 +122,12 @@ def selection(tree: PyTree, where: Where) -> list[bool]:
     return chosen
 
 
+def paths(tree: PyTree) -> list[str]:
+    """Paths of the leaves that are no holes."""
+    names, leaves, _ = flatten(tree)
+    return [p for p, x in zip(names, leaves, strict=True) if not is_hole(x)]
+
+
 def select(tree: PyTree, where: Where) -> PyTree:
     """Returns `tree` with `None` in place of each leaf that `where` does not select."""
     _, leaves, treedef = flatten(tree)

@@ -137,14 +137,22 @@ def interpolate(start: int, end: int, fraction: Float[Array, ""]) -> Wide:
     Exact for the float32 value of `fraction` (in [0, 1]) to 2**-31 of the distance; at
     0 and 1 it is `start` and `end` themselves.
     """
-    distance = abs(end - start)
-    limbs = [(distance >> (16 * i)) & 0xFFFF for i in range(4)]
+    moved, origin = share(from_int(abs(end - start)), fraction), from_int(start)
+    return add(origin, moved) if end >= start else subtract(origin, moved)
+
+
+def share(count: Wide, fraction: Float[Array, ""]) -> Wide:
+    """`count * fraction`, rounded half up; `count` is one number below 2**63.
+
+    Exact for the float32 value of `fraction` (in [0, 1]) to 2**-31 of `count`.
+    """
+    limbs = [x for word in (count.lo, count.hi) for x in (word & 0xFFFF, word >> 16)]
     fixed = (jnp.clip(fraction, 0.0, 1.0) * 2.0**31).astype(jnp.uint32)
     parts = [fixed & 0xFFFF, fixed >> 16]
     acc = [jnp.uint32(0)] * 7
     for i, limb in enumerate(limbs):
         for j, part in enumerate(parts):
-            product = jnp.uint32(limb) * part
+            product = limb * part
             acc[i + j] += product & 0xFFFF
             acc[i + j + 1] += product >> 16
     acc[1] += jnp.uint32(1 << 14)  # half of 2**31, the unit of `fixed`
@@ -154,9 +162,7 @@ def interpolate(start: int, end: int, fraction: Float[Array, ""]) -> Wide:
         acc[i], carry = acc[i] & 0xFFFF, acc[i] >> 16
     # The product in units of 2**-31: drop 31 bits, which is one limb and 15 bits.
     words = [(acc[i] >> 15) | ((acc[i + 1] & 0x7FFF) << 1) for i in range(1, 5)]
-    moved = Wide(words[2] | (words[3] << 16), words[0] | (words[1] << 16))
-    origin = from_int(start)
-    return add(origin, moved) if end >= start else subtract(origin, moved)
+    return Wide(words[2] | (words[3] << 16), words[0] | (words[1] << 16))
 
 
 def popcount(words: jax.Array) -> Wide:

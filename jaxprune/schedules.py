@@ -1,6 +1,7 @@
 """When, and how far: sparsity as a function of the training step."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -168,9 +169,88 @@ def cosine(
     return Schedule(initial, final, begin, end, every, _cosine)
 
 
+def linear(
+    final: float | Fraction,
+    begin: int,
+    end: int,
+    every: int = 1,
+    initial: float | Fraction = 0.0,
+) -> Schedule:
+    """A straight line from `initial` to `final`.
+
+    Example:
+      >>> s = jp.schedules.linear(0.0, begin=0, end=100, initial=1.0)
+      >>> [float(s(t)) for t in (0, 50, 100)]
+      [1.0, 0.5, 0.0]
+    """
+    return Schedule(initial, final, begin, end, every, _linear)
+
+
+def exponential(rate: float, end: int, begin: int = 0) -> Schedule:
+    """`exp(-rate (t - begin))`, from 1 at `begin` downwards, and 0 from `end` on.
+
+    Args:
+      rate: per step, above 0.
+      end: step at which what is left drops to 0.
+      begin: step up to which the value is 1.
+
+    Example:
+      >>> s = jp.schedules.exponential(0.01, end=500)
+      >>> [round(float(s(t)), 4) for t in (0, 100, 499, 500)]
+      [1.0, 0.3679, 0.0068, 0.0]
+
+    Raises:
+      ValueError: unless `rate` is above 0.
+    """
+    if not rate > 0:
+        raise ValueError(f"rate: got {rate}; expected a number above 0, such as 1e-4.")
+    curve = functools.partial(_exponential, rate=rate * (end - begin))
+    return Schedule(1.0, 0.0, begin, end, 1, curve)
+
+
+def sigmoid(
+    final: float | Fraction,
+    begin: int,
+    end: int,
+    every: int = 1,
+    initial: float | Fraction = 0.0,
+    steepness: float = 6.0,
+) -> Schedule:
+    """A logistic curve from `initial` to `final`: slow, fast, slow.
+
+    The argument of the logistic function runs from `-steepness` to `steepness`; its
+    values are stretched so that the ends are met exactly.
+
+    Example:
+      >>> s = jp.schedules.sigmoid(0.9, begin=0, end=100, initial=0.5)
+      >>> [round(float(s(t)), 4) for t in (0, 10, 50, 100)]
+      [0.5, 0.5023, 0.7, 0.9]
+
+    References:
+      Zhang et al., Brain network science modelling of sparse neural networks enables
+      Transformers and LLMs to perform as fully connected, arXiv 2501.19107, the density
+      decay of CHTss.
+    """
+    curve = functools.partial(_sigmoid, steepness=steepness)
+    return Schedule(initial, final, begin, end, every, curve)
+
+
 def _cubic(time: Array) -> Array:
     return 1 - (1 - time) ** 3
 
 
 def _cosine(time: Array) -> Array:
     return (1 - jnp.cos(math.pi * time)) / 2
+
+
+def _linear(time: Array) -> Array:
+    return time
+
+
+def _exponential(time: Array, *, rate: float) -> Array:
+    return 1 - jnp.exp(-rate * time)
+
+
+def _sigmoid(time: Array, *, steepness: float) -> Array:
+    # The logistic function is (1 + tanh(x / 2)) / 2.
+    return (1 + jnp.tanh(steepness * (time - 0.5)) / math.tanh(steepness / 2)) / 2

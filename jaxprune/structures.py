@@ -43,6 +43,10 @@ class Structure(Protocol):
         """The mask of the weights when `kept` says which units stay."""
         ...
 
+    def spread(self, path: str, values: Array, like: Array) -> Array:
+        """Gives every weight of `like` the value of its unit."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Unstructured:
@@ -73,6 +77,11 @@ class Unstructured:
         """`kept` itself."""
         del path, scores
         return kept
+
+    def spread(self, path: str, values: Array, like: Array) -> Array:
+        """`values` themselves."""
+        del path, like
+        return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +175,28 @@ class NM:
         places = *grouped.shape[: axis + 1], 1, *grouped.shape[axis + 2 :]
         mask = self._keeps(grouped, axis) | kept.reshape(places)
         return _restore(mask, scores.shape, order)
+
+    def spread(self, path: str, values: Array, like: Array) -> Array:
+        """Each group's value for its members."""
+        grouped, axis, order = self._grouped(path, like)
+        places = *grouped.shape[: axis + 1], 1, *grouped.shape[axis + 2 :]
+        ones = jnp.ones_like(grouped, values.dtype)
+        return _restore(values.reshape(places) * ones, like.shape, order)
+
+    def best(self, path: str, scores: Array) -> Bool[Array, "..."]:
+        """The mask in which every group obeys."""
+        grouped, axis, order = self._grouped(path, scores)
+        return _restore(self._keeps(grouped, axis), scores.shape, order)
+
+    def by_group(self, path: str, f: Callable[..., Array], *arrays: Array) -> Array:
+        """Values of the groups, as `units` counts them.
+
+        `f(*views, axis)` gets the arrays with the members of a group along `axis`, which
+        it must take away.
+        """
+        views = [self._grouped(path, x) for x in arrays]
+        axis = views[0][1]
+        return _merge(f(*(x for x, _, _ in views), axis + 1), axis)
 
     def _axes(self, path: str, shape) -> tuple[int, ...]:
         return _resolve(path, self.axis, len(shape), "NM axis")
@@ -266,13 +297,14 @@ class Block:
 
     def mask(self, path: str, scores: Array, kept: Bool[Array, "..."]) -> Array:
         """Each block's decision for all of its weights."""
-        k_axes, n_axes = self._axes(path, scores.shape)
-        matrix = _repeat(
-            _repeat(kept, self.rows, kept.ndim - 2), self.cols, kept.ndim - 1
-        )
-        return _restore(
-            matrix, scores.shape, _matrix_order(scores.ndim, k_axes, n_axes)
-        )
+        return self.spread(path, kept, scores)
+
+    def spread(self, path: str, values: Array, like: Array) -> Array:
+        """Each block's value for all of its weights."""
+        k_axes, n_axes = self._axes(path, like.shape)
+        rows = _repeat(values, self.rows, values.ndim - 2)
+        matrix = _repeat(rows, self.cols, values.ndim - 1)
+        return _restore(matrix, like.shape, _matrix_order(like.ndim, k_axes, n_axes))
 
     def _axes(self, path: str, shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
         k_axes = _resolve(path, self.axis, len(shape), "Block axis")
@@ -323,10 +355,14 @@ class Channel:
 
     def mask(self, path: str, scores: Array, kept: Bool[Array, "..."]) -> Array:
         """Each slice's decision for all of its weights."""
-        stays = self._axes(path, scores.shape)
-        rest = tuple(a for a in range(scores.ndim) if a not in stays)
-        # Not broadcast_to: the mask must lie on the devices as the weights do.
-        return jnp.expand_dims(kept, rest) & jnp.ones_like(scores, dtype=bool)
+        return self.spread(path, kept, scores)
+
+    def spread(self, path: str, values: Array, like: Array) -> Array:
+        """Each slice's value for all of its weights."""
+        stays = self._axes(path, like.shape)
+        rest = tuple(a for a in range(like.ndim) if a not in stays)
+        # Not broadcast_to: the result must lie on the devices as the weights do.
+        return jnp.expand_dims(values, rest) * jnp.ones_like(like, values.dtype)
 
     def _axes(self, path: str, shape) -> tuple[int, ...]:
         axes = _resolve(path, self.axis, len(shape), "Channel axis")

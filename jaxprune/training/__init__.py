@@ -1,7 +1,16 @@
 """Sparse training: `masked` and one file a method."""
 
+from ._acdc import acdc as acdc
+from ._bdwp import bdwp_matmul as bdwp_matmul
+from ._chts import ch2_l3n as ch2_l3n
+from ._chts import chts as chts
 from ._gmp import gmp as gmp
-from ._gmp import static as static
+from ._gradient_flow import mdgf as mdgf
+from ._gradient_flow import nm_stages as nm_stages
+from ._gradient_flow import sdgf as sdgf
+from ._granet import granet as granet
+from ._iss_p import iss_p as iss_p
+from ._mask_sparsity import mask_sparsity as mask_sparsity
 from ._masked import MaskedState as MaskedState
 from ._masked import get_info as get_info
 from ._masked import get_masks as get_masks
@@ -12,6 +21,16 @@ from ._method import Method as Method
 from ._method import MethodState as MethodState
 from ._neuroprune import NeuroPruneState as NeuroPruneState
 from ._neuroprune import neuroprune as neuroprune
+from ._pdp import PDPState as PDPState
+from ._pdp import pdp as pdp
+from ._rigl import rigl as rigl
 from ._roles import Roles as Roles
+from ._set import set_ as set_
 from ._shrink import LayerSizes as LayerSizes
 from ._shrink import neuroprune_shrink as neuroprune_shrink
+from ._soft_top_k import SoftTopKState as SoftTopKState
+from ._soft_top_k import soft_top_k as soft_top_k
+from ._static import static as static
+from ._ste import sr_ste as sr_ste
+from ._ste import ste as ste
+from ._top_kast import top_kast as top_kast

@@ -15,7 +15,15 @@ from jax import lax
 from jaxprune import _tree, masks
 from jaxprune._tree import PyTree
 from jaxprune._wide import Wide
-from jaxprune.training._method import Info, Method, MethodState, mask_gradients, start
+from jaxprune.training._method import (
+    Info,
+    Method,
+    MethodState,
+    advance,
+    mask_gradients,
+    masked_view,
+    start,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +33,7 @@ class MaskedState:
 
     inner: PyTree
     method: MethodState
-    view: Callable[[PyTree, PyTree], PyTree] = dataclasses.field(
+    view: Callable[[PyTree, MethodState], PyTree] = dataclasses.field(
         metadata={"static": True}
     )
 
@@ -102,9 +110,8 @@ def masked(
         # under a variable are arrays; packed masks are not.
         state = method.init(_tree.bare(chosen))
         # Copies that the optimizer takes of the weights must obey the mask from the start.
-        return MaskedState(
-            inner.init(masks.apply(params, state.masks)), state, method.view
-        )
+        seen = params if method.dense else masks.apply(params, state.masks)
+        return MaskedState(inner.init(seen), state, method.view)
 
     def update(updates, state, params=None, **extra):
         if params is None:
@@ -112,12 +119,14 @@ def masked(
                 "params: got None; masked needs the parameters. Call "
                 "tx.update(grads, opt_state, params)."
             )
+        step = step_dense if method.dense else step_masked
+        return step(updates, state, params, extra)
+
+    def step_masked(updates, state, params, extra):
         old = state.method.masks
-        chosen = _only_masked(params, old)
-        method_state = method.update(_only_masked(updates, old), state.method, chosen)
-        grads = _merge(
-            updates, method.gradients(_only_masked(updates, old), method_state, chosen)
-        )
+        chosen, grads = _only_masked(params, old), _only_masked(updates, old)
+        method_state = method.update(grads, state.method, chosen)
+        grads = _merge(updates, method.gradients(grads, method_state, chosen))
         inner_state = lax.cond(
             method_state.info.changed,
             lambda s: _reset(s, inner.init, params, old, method_state.masks),
@@ -130,6 +139,16 @@ def masked(
         updates, inner_state = inner.update(grads, inner_state, seen, **extra)
         updates = _emit(updates, params, method, method_state)
         return updates, MaskedState(inner_state, method_state, method.view)
+
+    def step_dense(updates, state, params, extra):
+        old = state.method
+        chosen, grads = (_only_masked(x, old.masks) for x in (params, updates))
+        seen = _merge(updates, method.gradients(grads, old, chosen))
+        updates, inner_state = inner.update(seen, state.inner, params, **extra)
+        updates = _emit(updates, params, method, old)
+        moved = _moved(chosen, _only_masked(updates, old.masks))
+        new = method.update(grads, old, moved)
+        return updates, MaskedState(inner_state, new, method.view)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
@@ -201,7 +220,8 @@ def sparse_params(params: PyTree, opt_state: PyTree) -> PyTree:
     """
     for state in _states(opt_state):
         found = masks.check(params, state.method.masks)
-        params = _merge(params, state.view(_only_masked(params, found), found))
+        own = state.method._replace(masks=found)
+        params = _merge(params, state.view(_only_masked(params, found), own))
     return params
 
 
@@ -221,14 +241,7 @@ def _frozen(found: PyTree) -> Method:
         own = jax.tree.map(jnp.copy, packed)  # a state may be donated, `found` may not
         return start(_tree.map_leaves(lambda _, m: m, params, own), params)
 
-    return Method(init, advance, mask_gradients, None, masks.apply)
-
-
-def advance(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
-    """One more step, the masks as they were."""
-    del grads, params
-    info = state.info._replace(changed=jnp.bool_(False))
-    return state._replace(step=optax.safe_increment(state.step), info=info)
+    return Method(init, advance, mask_gradients, None, masked_view)
 
 
 def _emit(
@@ -237,29 +250,32 @@ def _emit(
     """Updates that land on the projected and masked weights, exactly on 0 where pruned."""
 
     def plain(mask, u, p):
-        if mask is None:
-            return u
-        keep = masks.as_bool(mask)
-        return jnp.where(keep, u, -p)
+        return u if mask is None else jnp.where(masks.as_bool(mask), u, -p)
 
     if method.project is None:
-        return _map_masks(plain, state.masks, updates, params)
+        return (
+            updates if method.dense else _map_masks(plain, state.masks, updates, params)
+        )
 
-    moved = jax.tree.map(
-        lambda p, u: (p + u).astype(p.dtype),
-        _only_masked(params, state.masks), _only_masked(updates, state.masks),
-    )  # fmt: skip
-    target = method.project(moved, state)
+    old = _only_masked(params, state.masks)
+    moved = _moved(old, _only_masked(updates, state.masks))
+    target = method.project(moved, state, old)
 
     def projected(mask, u, p, new, aim):
         if mask is None:
             return u
         wide = jnp.promote_types(jnp.promote_types(u.dtype, p.dtype), jnp.float32)
-        aim = jnp.where(masks.as_bool(mask), aim, jnp.zeros_like(aim))
+        if not method.dense:
+            aim = jnp.where(masks.as_bool(mask), aim, jnp.zeros_like(aim))
         step = jnp.where(aim == 0, -p.astype(wide), aim.astype(wide) - p.astype(wide))
         return jnp.where(aim == new, u.astype(wide), step)
 
     return _map_masks(projected, state.masks, updates, params, moved, target)
+
+
+def _moved(params: PyTree, updates: PyTree) -> PyTree:
+    """What `optax.apply_updates` will give."""
+    return _tree.map_leaves(lambda p, u: (p + u).astype(p.dtype), params, updates)
 
 
 def _reset(state: PyTree, init, params: PyTree, old: PyTree, new: PyTree) -> PyTree:

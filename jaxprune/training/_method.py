@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool, Int
 
 from jaxprune import _select, _tree, _wide, masks
@@ -53,29 +54,72 @@ class Method(NamedTuple):
 
     Attributes:
       init: `(params) -> state`.
-      update: `(grads, state, params) -> state`; decides masks from the weights before the
-        step, and says in `state.info.changed` whether it did.
+      update: `(grads, state, params) -> state`; decides masks, from the weights before the
+        step, and says in `state.info.changed` whether it did. If `dense`, from the
+        weights after the step, so that the next forward pass sees the masks of its own
+        weights.
       gradients: `(grads, state, params) -> grads`, what the inner optimizer sees.
-      project: `(params, state) -> params`, applied after the inner step and before the
-        mask; `None` where there is nothing but the mask.
-      view: `(params, masks) -> params`, what the forward pass must see.
+      project: `(new, state, old) -> params`, applied after the inner step, which led from
+        `old` to `new`, and before the mask; `None` where there is nothing but the mask.
+      view: `(params, state) -> params`, what the forward pass must see. It is kept in the
+        state, so make it a function of a module, not a closure.
+      dense: whether pruned weights live on behind the mask and are 0 only in the view.
+        Otherwise they are 0 themselves, and the view changes nothing.
     """
 
     init: Callable[[PyTree], MethodState]
     update: Callable[[PyTree, MethodState, PyTree], MethodState]
     gradients: Callable[[PyTree, MethodState, PyTree], PyTree]
-    project: Callable[[PyTree, MethodState], PyTree] | None
-    view: Callable[[PyTree, PyTree], PyTree]
+    project: Callable[[PyTree, MethodState, PyTree], PyTree] | None
+    view: Callable[[PyTree, MethodState], PyTree]
+    dense: bool = False
 
 
 def mask_gradients(grads: PyTree, state: MethodState, params: PyTree) -> PyTree:
     """Gradients of pruned weights are 0, so that their moments stay as they began."""
     del params
+    return _tree.map_leaves(_only_kept, grads, state.masks)
+
+
+def all_gradients(grads: PyTree, state: MethodState, params: PyTree) -> PyTree:
+    """Gradients as they come."""
+    del state, params
+    return grads
+
+
+def masked_view(params: PyTree, state: MethodState) -> PyTree:
+    """Masked weights in the forward pass; gradients go to all of them as they are.
+
+    So a method sees what a pruned weight would do, and decides itself who learns.
+    """
     return _tree.map_leaves(
-        lambda g, m: jnp.where(masks.as_bool(m), g, jnp.zeros_like(g)),
-        grads,
+        lambda w, m: straight_through(w, jnp.where(masks.as_bool(m), w, 0)),
+        params,
         state.masks,
     )
+
+
+@jax.custom_jvp
+def straight_through(w: Array, seen: Array) -> Array:
+    """`seen`, whose derivative is taken to be that of `w`."""
+    del w
+    return seen
+
+
+@straight_through.defjvp
+def _pass_on(primals, tangents):
+    return straight_through(*primals), tangents[0]
+
+
+def _only_kept(g: Array, mask: masks.PackedMask) -> Array:
+    return jnp.where(masks.as_bool(mask), g, jnp.zeros_like(g))
+
+
+def advance(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
+    """One more step, the masks as they were."""
+    del grads, params
+    info = state.info._replace(changed=jnp.bool_(False))
+    return state._replace(step=optax.safe_increment(state.step), info=info)
 
 
 def start(found: PyTree, params: PyTree, own: PyTree = ()) -> MethodState:

@@ -13,11 +13,12 @@ from jaxprune import _select, _tree, _wide, masks, penalties, schedules
 from jaxprune._tree import PyTree
 from jaxprune.allocation import exact
 from jaxprune.training import _heads, _roles
-from jaxprune.training._masked import advance
 from jaxprune.training._method import (
     Method,
     MethodState,
+    advance,
     mask_gradients,
+    masked_view,
     replace_masks,
     start,
 )
@@ -250,7 +251,8 @@ def neuroprune(
         )
         return dict(zip(order, cuts, strict=True))
 
-    def project(params: PyTree, state: MethodState) -> PyTree:
+    def project(params: PyTree, state: MethodState, old: PyTree) -> PyTree:
+        del old
         leaves = _roles.leaves_by_path(params)
         own: NeuroPruneState = state.own
         moved = {
@@ -271,7 +273,7 @@ def neuroprune(
             )
         return _map_with_path(lambda p, x: moved.get(p, x), params)
 
-    return Method(init, update, mask_gradients, project, masks.apply)
+    return Method(init, update, mask_gradients, project, masked_view)
 
 
 def round_half_up(x: Fraction) -> int:

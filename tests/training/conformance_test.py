@@ -64,13 +64,15 @@ class Case(NamedTuple):
       params: nested dictionaries of arrays, float32.
       expected: weights kept by each leaf, or by all together, after an update at a step,
         from the shapes of the masked leaves; `None` where it depends on the values.
-      first: the first step after which some weights are pruned.
+      first: the first step from which on some weights are pruned.
+      dense: whether pruned weights are 0 in the forward view only.
     """
 
     make: Callable[[Any], Any]
     params: Callable[[], Any] = plain_params
     expected: Callable[[dict, int], dict | int] | None = None
     first: int = BEGIN + 2
+    dense: bool = False
 
 
 def _gone(step):
@@ -164,7 +166,83 @@ FROZEN = pytest.param(Case(_every_other_weight, expected=_constant), id="frozen"
 STATIC = pytest.param(Case(lambda _: jp.static(FINAL), expected=_constant), id="static")
 GMP = _gmp_row("gmp", _weights)
 NM = _gmp_row("gmp-nm", lambda s: (math.prod(s) // 4, 4, 2), structure=jp.NM(2, 4))
+
+
+def _row(name, make, expected, first=0, dense=False):
+    case = Case(lambda _: make(), plain_params, expected, first, dense)
+    return pytest.param(case, id=name)
+
+
+def _half_from(begin):
+    """All of each leaf, and half of it from a step on."""
+
+    def expected(shapes, step):
+        return {p: _kept(math.prod(s), 1, 0, END if step >= begin else 0)
+                for p, s in shapes.items()}  # fmt: skip
+
+    return expected
+
+
+def _half_in_phases(shapes, step):
+    """Half at steps 1 and 2, all at 3 to 5, half for good at 6."""
+    sparse = step in (1, 2) or step >= END
+    return {
+        p: _kept(math.prod(s), 1, 0, END if sparse else 0) for p, s in shapes.items()
+    }
+
+
+def _erk_at_once(shapes, step):
+    del step
+    return _erk(shapes, END)
+
+
+def _three_then_two_of_four(shapes, step):
+    return {
+        p: math.prod(s) * (4 if step < BEGIN else 3 if step < END else 2) // 4
+        for p, s in shapes.items()
+    }
+
+
+def _on_a_line(begin, end):
+    def expected(shapes, step):
+        gone = min(max(step - begin, 0) / (end - begin), 1)
+        return {p: math.prod(s) - math.floor(math.prod(s) // 2 * gone + 0.5)
+                for p, s in shapes.items()}  # fmt: skip
+
+    return expected
+
+
+def _sigmoid(shapes, step):
+    time = min(max(step - BEGIN, 0) // EVERY * EVERY / (END - BEGIN), 1)
+    time = 1.0 if step >= END else time
+    gone = (1 + math.tanh(6 * (time - 0.5)) / math.tanh(3)) / 2
+    return {p: math.prod(s) * 3 // 4 - math.floor(math.prod(s) // 4 * gone + 0.5)
+            for p, s in shapes.items()}  # fmt: skip
+
+
+KEY = jax.random.key(5)
+STEPS_OF = {"begin": BEGIN, "end": END, "every": EVERY}
+UNIFORM = {"key": KEY, "allocation": "uniform"} | STEPS_OF
+
+
+def _granet(**options):
+    return lambda: jp.granet(
+        FINAL, **({"allocation": "uniform"} | STEPS_OF | {"until": END + 1} | options)
+    )
+
+
 HEADS = _neuroprune_row("neuroprune-heads", head_every=3, theta=None, theta_rel=0.9)
+RIGL = _row("rigl", lambda: jp.rigl(FINAL, **UNIFORM), _constant)
+STE = _row("ste", lambda: jp.ste(FINAL), _constant, dense=True)
+TOP_KAST = _row(
+    "top_kast", lambda: jp.top_kast(FINAL, backward=Fraction(1, 4), every=2), _constant,
+    dense=True,
+)  # fmt: skip
+PDP = _row(
+    "pdp",
+    lambda: jp.pdp(FINAL, begin=1, end=4, harden=END, tau=0.1, allocation="uniform"),
+    _on_a_line(1, 4), END, dense=True,
+)  # fmt: skip
 METHODS = [
     FROZEN,
     STATIC,
@@ -191,18 +269,136 @@ METHODS = [
     ),
     _neuroprune_row("neuroprune", _by_part),
     HEADS,
+    _row("static-random", lambda: jp.static(FINAL, key=KEY), _constant),
+    _row("set", lambda: jp.set_(FINAL, **UNIFORM), _constant),
+    RIGL,
+    _row("rigl-erk", lambda: jp.rigl(FINAL, key=KEY, **STEPS_OF), _erk_at_once),
+    _row("rigl-nm", lambda: jp.rigl(structure=jp.NM(2, 4), **UNIFORM), _constant),
+    _row(
+        "rigl-block",
+        lambda: jp.rigl(FINAL, structure=jp.Block(4, 4), **UNIFORM),
+        _constant,
+    ),
+    _row(
+        "rigl-channel",
+        lambda: jp.rigl(FINAL, structure=jp.Channel(), **UNIFORM),
+        _constant,
+    ),
+    _row(
+        "granet",
+        _granet(),
+        lambda s, t: {p: _kept(*_weights(x), t) for p, x in s.items()},
+        BEGIN + 2,
+    ),
+    _row(
+        "granet-sparse-to-sparse",
+        _granet(initial=INITIAL, key=KEY),
+        lambda s, t: {p: _kept(*_weights(x), t, INITIAL) for p, x in s.items()},
+    ),
+    _row(
+        "granet-nm",
+        _granet(structure=jp.NM(2, 4)),
+        lambda s, t: {p: _kept(math.prod(x) // 4, 4, 2, t) for p, x in s.items()},
+        BEGIN + 2,
+    ),
+    _row(
+        "acdc",
+        lambda: jp.acdc(FINAL, allocation="uniform", **STEPS_OF),
+        _half_in_phases,
+        END,
+    ),
+    TOP_KAST,
+    _row("iss_p", lambda: jp.iss_p(FINAL, **STEPS_OF), _half_from(END), END),
+    _row(
+        "mask_sparsity",
+        lambda: jp.mask_sparsity(FINAL, begin=BEGIN, end=END),
+        _half_from(END),
+        END,
+    ),
+    _row("chts", lambda: jp.chts(FINAL, key=KEY, **STEPS_OF), _constant),
+    _row(
+        "chtss", lambda: jp.chts(FINAL, key=KEY, initial=INITIAL, **STEPS_OF), _sigmoid
+    ),
+    STE,
+    _row("ste-nm", lambda: jp.ste(structure=jp.NM(2, 4)), _constant, dense=True),
+    _row("sr_ste", lambda: jp.sr_ste(FINAL, every=2), _constant, dense=True),
+    _row(
+        "mdgf",
+        lambda: jp.mdgf(FINAL, leak=jp.schedules.linear(0.0, 0, END, initial=1.0)),
+        _constant,
+        END,
+        dense=True,
+    ),
+    _row(
+        "sdgf",
+        lambda: jp.sdgf(jp.NM(2, 4), begin=BEGIN, end=END),
+        _three_then_two_of_four,
+        BEGIN,
+        dense=True,
+    ),
+    PDP,
+    _row(
+        "pdp-nm",
+        lambda: jp.pdp(
+            begin=1, end=1, harden=END, structure=jp.NM(2, 4), allocation="uniform"
+        ),
+        _half_from(1),
+        END,
+        dense=True,
+    ),
+    _row(
+        "pdp-block",
+        lambda: jp.pdp(
+            FINAL,
+            begin=1,
+            end=1,
+            harden=END,
+            tau=1.0,
+            structure=jp.Block(4, 4),
+            allocation="uniform",
+        ),
+        _half_from(1),
+        END,
+        dense=True,
+    ),
+    _row(
+        "soft_top_k",
+        lambda: jp.soft_top_k(FINAL, begin=1, end=4, harden=END, allocation="uniform"),
+        _on_a_line(1, 4),
+        END,
+        dense=True,
+    ),
+    _row(
+        "soft_top_k-channel",
+        lambda: jp.soft_top_k(
+            FINAL, begin=1, end=1, harden=END, structure=jp.Channel()
+        ),
+        None,
+        END,
+        dense=True,
+    ),
 ]
 # Where only the shape of the state matters: a row for each kind of it.
-ONE_OF_EACH = [FROZEN, GMP, HEADS]
-LARGE = [STATIC, GMP, NM]
+ONE_OF_EACH = [FROZEN, GMP, HEADS, RIGL, TOP_KAST]
+LARGE = [STATIC, GMP, NM, RIGL, STE]
 
 
 def gradients(params, step=0):
     return jax.tree.map(lambda p: jnp.cos(7 * p + step).astype(p.dtype), params)
 
 
-def check_zeros(params, found):
-    """Pruned weights are exactly 0, and not -0."""
+def check_zeros(case, params, state):
+    """Pruned weights are exactly 0, and not -0, in what the forward pass sees.
+
+    And in the parameters themselves, unless they are dense behind the mask.
+    """
+    found, seen = jp.get_masks(state), jp.sparse_params(params, state)
+    if not case.dense:
+        jax.tree.map(np.testing.assert_array_equal, params, seen)
+        jax.tree.map(
+            np.testing.assert_array_equal, params, jp.masks.apply(params, found)
+        )
+    params = nnx.as_pure(seen)
     kept = total = 0
     for mask, weight in zip(_arrays(found), _arrays(params), strict=True):
         if mask is not None:
@@ -261,7 +457,7 @@ def history(case):
 
 def test_pruned_weights_are_zero_after_every_step(case, history):
     for moment in history.moments[1 + case.first :]:
-        check_zeros(moment.params, jp.get_masks(moment.state))
+        check_zeros(case, moment.params, moment.state)
 
 
 def test_counts_are_exact_at_every_step(case, history):
@@ -373,7 +569,7 @@ def test_bfloat16_and_nonfinite_weights(case):
     for i, x in enumerate(jax.tree.leaves(params)):
         assert x.dtype == jnp.bfloat16
         assert jnp.sum(~jnp.isfinite(x)) == (2 if i == first else 0)
-    check_zeros(params, jp.get_masks(state))
+    check_zeros(case, params, state)
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH)
@@ -471,10 +667,7 @@ def test_containers(case, wrap):
     assert all(path.endswith("kernel") for path in kept), kept
     names = {"dense/kernel": plain_params, "layer/up/kernel": transformer_params}
     assert [case.params] == [f for path, f in names.items() if path in kept]
-    found = jp.get_masks(state)
-    check_zeros(nnx.as_pure(params), found)
-    jax.tree.map(np.testing.assert_array_equal, params, jp.sparse_params(params, state))
-    jax.tree.map(np.testing.assert_array_equal, params, jp.masks.apply(params, found))
+    check_zeros(case, params, state)
 
 
 # Places where `masked` may stand.
@@ -560,7 +753,7 @@ def test_compositions(case, compose, request):
     found = jp.get_masks(state)
     assert all(m is None or m.dtype == jnp.bool_ for m in _arrays(found))
     assert jp.masks.count(found).kept == sum(info["kept"].values())
-    check_zeros(params, found)
+    check_zeros(case, params, state)
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(start), jax.tree.leaves(params), strict=True
     ):
@@ -607,11 +800,8 @@ def test_nnx_optimizer(case):
     found, info = jp.get_masks(optimizer), jp.get_info(optimizer)
     assert info["step"] == END + 2
     assert sum(info["kept"].values()) == jp.masks.count(found).kept
-    check_zeros(nnx.as_pure(params), found)
-    for tree in (params, nnx.as_pure(params)):
-        jax.tree.map(
-            np.testing.assert_array_equal, tree, jp.sparse_params(tree, optimizer)
-        )
+    check_zeros(case, params, optimizer)
+    check_zeros(case, nnx.as_pure(params), optimizer)
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH)
@@ -623,8 +813,4 @@ def test_train_state(case):
     for _ in range(END + 2):
         state = step(state)
     assert jp.get_info(state)["step"] == END + 2
-    check_zeros(state.params, jp.get_masks(state))
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        state.params, jp.sparse_params(state.params, state),
-    )  # fmt: skip
+    check_zeros(case, state.params, state)

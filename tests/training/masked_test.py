@@ -46,7 +46,7 @@ def switching(first=1, second=2):
             advance(grads, state, params),
         )
 
-    return Method(init, update, mask_gradients, None, jp.masks.apply)
+    return Method(init, update, mask_gradients, None, masked_view)
 
 
 def gradients(params, step=0):
@@ -302,7 +302,12 @@ def test_gradients_pass_through_sparse_params():
         return jnp.sum(jp.sparse_params(params, state)["layer"]["kernel"] * 3)
 
     grads = jax.jit(jax.grad(loss))(params)
-    np.testing.assert_array_equal(_kernel(grads), 3 * _kernel(jp.get_masks(state)))
+    seen = jp.sparse_params(params, state)
+    np.testing.assert_array_equal(_kernel(seen) != 0, _kernel(jp.get_masks(state)))
+    # Pruned weights too: a method that regrows must see their gradients.
+    np.testing.assert_array_equal(_kernel(grads), 3)
+    tangent = jax.jvp(loss, (params,), (params,))[1]
+    np.testing.assert_allclose(tangent, 3 * jnp.sum(_kernel(params)), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

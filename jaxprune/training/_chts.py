@@ -1,0 +1,239 @@
+"""Cannistraci-Hebb training with a soft rule: CHTs and CHTss (arXiv 2501.19107)."""
+
+from fractions import Fraction
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Key
+
+from jaxprune import _prune, _wide, masks, schedules
+from jaxprune._tree import PyTree
+from jaxprune.allocation import Allocation, exact
+from jaxprune.structures import Unstructured
+from jaxprune.training import _target
+from jaxprune.training._method import (
+    Method,
+    MethodState,
+    advance,
+    arrays,
+    mask_gradients,
+    masked_view,
+    replace_masks,
+    start,
+)
+from jaxprune.training._prune_grow import KeyCarrier, check_drop, packed_leaves
+
+
+def chts(
+    sparsity: float | Fraction,
+    *,
+    key: Key[Array, ""],
+    begin: int = 0,
+    end: int,
+    every: int = 100,
+    drop: float = 0.3,
+    removal: Literal["magnitude", "relative"] = "magnitude",
+    temperature: tuple[float, float] = (1.0, 9.0),
+    initial: float | Fraction | None = None,
+    settle: int | None = None,
+    allocation: Allocation = "uniform",
+) -> Method:
+    """Regrows links where the network's own topology predicts them, without gradients.
+
+    Each update removes a share of a layer's links and grows as many. What stays is drawn
+    with probabilities proportional to `score**T`, and what grows with probabilities
+    proportional to the link's CH2-L3n score (`ch2_l3n`); links just removed may grow
+    again. `T` rises on a straight line, so that removal goes from explorative to almost
+    exact; the share falls to 0 on half a cosine.
+
+    With `initial` (0.5 in the paper) it is CHTss: the density falls on a sigmoid from the
+    initial to the final one, and each update first prunes to it by relative importance.
+
+    Differences from the authors' code: neurons that lost all links on one side are not
+    removed on the other (percolation), since that needs to know which leaves follow one
+    another; the optimizer steps on update steps too; growth is drawn as in the paper,
+    where the released code for language models takes the best; the first masks are random
+    with any allocation, the paper's other starting topologies are not here.
+
+    Args:
+      sparsity: share of the weights to prune, at last.
+      key: draws the first masks, and at each update what stays and what grows.
+      begin: step of the first update.
+      end: step of the last one; three quarters of the run in the authors' code.
+      every: steps between updates.
+      drop: share of the links that an update exchanges at first; 0.3 in the paper, and
+        0.1 for LLaMA.
+      removal: score of a link: its magnitude, or its relative importance
+        `|w| / (sum of its row) + |w| / (sum of its column)`.
+      temperature: `T` at `begin` and at `end`. The authors' code goes from 1 to 9, which
+        is delta from 0.5 to 0.9.
+      initial: sparsity at first, for CHTss; `None` is constant sparsity, CHTs.
+      settle: step at which the final sparsity is reached; `None` means `end`.
+      allocation: how sparsity is divided among leaves; see `jaxprune.prune`.
+
+    A leaf is a matrix `[..., inputs, outputs]`; leading axes hold layers of their own, so
+    that each position of a convolution kernel is one.
+
+    Raises:
+      ValueError: if a value is out of range, or a leaf has fewer than two axes.
+      TypeError: if `key` is no key.
+
+    Example:
+      >>> method = jp.chts(0.9, key=jax.random.key(0), end=7500)
+
+    References:
+      Zhang et al., Brain network science modelling of sparse neural networks enables
+      Transformers and LLMs to perform as fully connected, arXiv 2501.19107, section 3 and
+      Algorithm 1.
+    """
+    check_drop(drop)
+    if removal not in ("magnitude", "relative"):
+        raise ValueError(
+            f"removal: got {removal!r}; expected 'magnitude' or 'relative'."
+        )
+    if not all(t > 0 for t in temperature):
+        raise ValueError(
+            f"temperature: got {temperature}; expected two numbers above 0, as (1, 9)."
+        )
+    last = end if settle is None else settle
+    if initial is not None and not begin <= last <= end:
+        raise ValueError(
+            f"settle: got {settle}; expected a step from begin={begin} to end={end}."
+        )
+    final = exact(sparsity)
+    decay = schedules.sigmoid(0.0, begin, last, every)
+    first = final if initial is None else exact(initial, "initial")
+    target = _target.Target(decay, first, final, Unstructured(), allocation)
+    exchanged = schedules.cosine(0.0, begin, end, every, drop)
+    sharpness = schedules.linear(temperature[1], begin, end, every, temperature[0])
+    keys = KeyCarrier(key)
+
+    def init(params: PyTree) -> MethodState:
+        for path, leaf in zip(target.plan(params).paths, arrays(params), strict=True):
+            if leaf.ndim < 2:
+                raise ValueError(
+                    f"{path}: got shape {tuple(leaf.shape)}; chts needs a matrix of inputs "
+                    f"and outputs. Leave it out with where='!{path}'."
+                )
+        return start(target.first(params, keys.at(-1)), params, keys.data)
+
+    def update(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
+        step = state.step
+
+        def rewire(state: MethodState) -> MethodState:
+            plan, weights = target.plan(params), arrays(params)
+            kept = target.kept(params, step)
+            found = [masks.as_bool(m) for m in packed_leaves(state)]
+            if initial is not None:
+                links = map(_relative, weights, found)
+                found = _keep_best(plan, kept, list(links), found)
+            removing, growing = jax.random.split(keys.at(step, state.own))
+            stay = [_wide.subtract(k, _wide.share(k, exchanged(step))) for k in kept]
+            links = [
+                sharpness(step) * jnp.log(jnp.maximum(x, 1e-12)) + noise
+                for x, noise in zip(
+                    (
+                        _importance(removal, w, m)
+                        for w, m in zip(weights, found, strict=True)
+                    ),
+                    _gumbels(removing, weights),
+                    strict=True,
+                )
+            ]
+            found = _keep_best(plan, stay, links, found)
+            grown = [
+                _growth(m, noise)
+                for m, noise in zip(found, _gumbels(growing, weights), strict=True)
+            ]
+            leaves = list(zip(grown, found, strict=True))
+            found = _prune.decide(plan, kept, _above_all, leaves)
+            return replace_masks(state, found, params)
+
+        return lax.cond(
+            exchanged.due(step) | (decay.due(step) & (initial is not None)),
+            rewire,
+            lambda s: s,
+            advance(grads, state, params),
+        )
+
+    return Method(init, update, mask_gradients, None, masked_view)
+
+
+def ch2_l3n(
+    mask: Bool[Array, "*stack inputs outputs"],
+) -> Float[Array, "*stack inputs outputs"]:
+    """How many short paths speak for a link that is missing: CH2-L3n.
+
+    Sums over the paths of three links from an input to an output. A path counts by the
+    first node between: its links within the local community, plus 1, over its links
+    outside, plus 1; and again by the second.
+
+    Args:
+      mask: the links of a layer; leading axes hold layers of their own.
+
+    Returns:
+      Scores, float32; 0 for links that are there, or that no path speaks for.
+
+    Example:
+      >>> mask = jnp.array([[1, 1, 0], [1, 0, 1]], bool)
+      >>> jp.training.ch2_l3n(mask).tolist()
+      [[0.0, 0.0, 4.0], [0.0, 4.0, 0.0]]
+
+    References:
+      Zhang et al., arXiv 2501.19107, Eq. (3) and Algorithm 1; as in the authors' code.
+    """
+    links = mask.astype(jnp.float32)
+    flipped = jnp.swapaxes(links, -1, -2)
+    scores = _weights_of_pairs(links) @ links + links @ jnp.swapaxes(
+        _weights_of_pairs(flipped), -1, -2
+    )
+    return jnp.where(mask, 0, scores)
+
+
+def _weights_of_pairs(links: Array) -> Array:
+    """For each pair of nodes of one side: how much a path through the second counts."""
+    exactly = lax.Precision.HIGHEST
+    common = jnp.matmul(links, jnp.swapaxes(links, -1, -2), precision=exactly)
+    degree = jnp.sum(links, -1)[..., None, :]  # of the second node
+    outside = jnp.maximum(degree - common, 1) - 1
+    return jnp.where(common > 0, (common + 1) / (outside + 1), 0)
+
+
+def _growth(mask: Bool[Array, "..."], noise: Array) -> Array:
+    """Logarithms of the probabilities of growth, with Gumbel noise."""
+    scores = ch2_l3n(mask)
+    # Where paths speak for too few links, the others get a small chance.
+    scores = scores + jnp.where(jnp.min(jnp.where(mask, 1, scores)) > 0, 0, 1e-5)
+    return jnp.log(scores) + noise
+
+
+def _importance(removal: str, w: Array, mask: Bool[Array, "..."]) -> Array:
+    return jnp.abs(w) if removal == "magnitude" else _relative(w, mask)
+
+
+def _relative(w: Array, mask: Bool[Array, "..."]) -> Array:
+    sizes = jnp.where(mask, jnp.abs(w), 0)
+    rows, columns = (jnp.sum(sizes, a, keepdims=True) + 1e-5 for a in (-1, -2))
+    return sizes / rows + sizes / columns
+
+
+def _gumbels(key: Key[Array, ""], weights: list[Array]) -> list[Array]:
+    return [
+        jax.random.gumbel(jax.random.fold_in(key, i), w.shape)
+        for i, w in enumerate(weights)
+    ]
+
+
+def _keep_best(plan, kept, scores, found) -> list[Bool[Array, "..."]]:
+    leaves = list(zip(scores, found, strict=True))
+    return _prune.decide(plan, kept, _only_active, leaves)
+
+
+def _only_active(scores: Array, mask: Bool[Array, "..."]) -> Array:
+    return jnp.where(mask, scores, -jnp.inf)
+
+
+def _above_all(scores: Array, mask: Bool[Array, "..."]) -> Array:
+    return jnp.where(mask, jnp.inf, scores)

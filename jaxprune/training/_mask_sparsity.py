@@ -1,0 +1,111 @@
+"""MaskSparsity: regularises only what is going to be pruned (arXiv 2201.06776)."""
+
+from fractions import Fraction
+from typing import Literal
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxprune import _prune, _tree, masks, scores
+from jaxprune._tree import PyTree
+from jaxprune.allocation import Allocation
+from jaxprune.structures import Structure, Unstructured
+from jaxprune.training import _target
+from jaxprune.training._method import (
+    Method,
+    MethodState,
+    advance,
+    arrays,
+    masked_view,
+    replace_masks,
+    start,
+)
+from jaxprune.training._prune_grow import packed_leaves
+
+
+def mask_sparsity(
+    sparsity: float | Fraction | None = None,
+    *,
+    begin: int = 0,
+    end: int,
+    strength: float = 5e-4,
+    penalty: Literal["l1", "l2"] = "l1",
+    score: _prune.Score = scores.magnitude,
+    structure: Structure = Unstructured(),
+    allocation: Allocation = "uniform",
+) -> Method:
+    """Chooses what to prune, drives it to zero with a penalty, and prunes it at the end.
+
+    At `begin` the mask is chosen. Until `end` the gradient of each weight outside it gets
+    `strength sign(w)` (or `strength w`), and the others train untouched. At `end` the
+    mask that was chosen is applied.
+
+    In the paper the weights are the scales of batch normalisation, one a channel:
+    `where="*/scale"`; there the mask comes from an earlier run, in which all scales were
+    penalised, and may be any.
+
+    Args:
+      sparsity: share of the weights to prune; may be left out with `NM`.
+      begin: step at which the mask is chosen.
+      end: step at which it is applied.
+      strength: of the penalty; the authors' value for ImageNet. It goes through the
+        inner optimizer like any gradient.
+      penalty: l1, or l2 as an option of the authors' code.
+      score: elementwise score of a weight array; higher is kept.
+      structure: what is kept or pruned as one.
+      allocation: how sparsity is divided among leaves; see `jaxprune.prune`.
+
+    Raises:
+      ValueError: if a value is out of range.
+
+    Example:
+      >>> method = jp.mask_sparsity(0.5, end=5000)
+      >>> tx = jp.masked(optax.sgd(0.1), method, where="*/scale")
+
+    References:
+      Jiang et al., Pruning-aware Sparse Regularization for Network Pruning,
+      arXiv 2201.06776, section 3.
+    """
+    if not strength >= 0:
+        raise ValueError(
+            f"strength: got {strength}; expected at least 0, such as 5e-4."
+        )
+    if penalty not in ("l1", "l2"):
+        raise ValueError(f"penalty: got {penalty!r}; expected 'l1' or 'l2'.")
+    target = _target.fixed(sparsity, structure, allocation, begin=begin, end=end)
+
+    def init(params: PyTree) -> MethodState:
+        target.plan(params)  # a leaf that does not fit is refused here
+        ones = [jnp.ones_like(x, bool) for x in arrays(params)]
+        state = start(_target.scaffold(params, ones), params)
+        return state._replace(own=packed_leaves(state))
+
+    def update(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
+        step = state.step
+
+        def choose(state: MethodState) -> MethodState:
+            found = target.decide(params, step, score)
+            chosen = [
+                masks.repack(m, like) for m, like in zip(found, state.own, strict=True)
+            ]
+            return state._replace(own=chosen)
+
+        def apply(state: MethodState) -> MethodState:
+            return replace_masks(state, [masks.as_bool(m) for m in state.own], params)
+
+        state = advance(grads, state, params)
+        state = lax.cond(step == begin, choose, lambda s: s, state)
+        return lax.cond(step == end, apply, lambda s: s, state)
+
+    def gradients(grads: PyTree, state: MethodState, params: PyTree) -> PyTree:
+        chosen = iter(state.own)
+
+        def penalise(g, w, mask):
+            pull = jnp.sign(w) if penalty == "l1" else w
+            pulled = g + (strength * pull).astype(g.dtype)
+            pulled = jnp.where(masks.as_bool(next(chosen)), g, pulled)
+            return jnp.where(masks.as_bool(mask), pulled, 0)
+
+        return _tree.map_leaves(penalise, grads, params, state.masks)
+
+    return Method(init, update, gradients, None, masked_view)

@@ -1,0 +1,161 @@
+"""Prune-and-grow: what all methods share whose masks move at constant sparsity."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Key, UInt32
+
+from jaxprune import _prune, _select, _wide, masks, schedules
+from jaxprune._tree import PyTree
+from jaxprune._wide import Wide
+from jaxprune.structures import NM, Structure, Unstructured
+from jaxprune.training._method import (
+    Method,
+    MethodState,
+    advance,
+    arrays,
+    mask_gradients,
+    masked_view,
+    replace_masks,
+    start,
+)
+from jaxprune.training._target import Target
+
+# (grads, key of the step) -> what the scores of growth are made of, by leaf
+Growth: TypeAlias = Callable[[PyTree, Key[Array, ""]], PyTree]
+
+
+def regrowing(
+    target: Target,
+    key: Key[Array, ""],
+    drop: float,
+    score: _prune.Score,
+    growth: Growth,
+) -> Method:
+    """Random masks at first; then every update exchanges a share of each leaf's weights.
+
+    The share falls from `drop` to 0 on half a cosine over the target's schedule.
+    """
+    check_drop(drop)
+    steps = target.schedule
+    exchanged = schedules.cosine(0.0, steps.begin, steps.end, steps.every, drop)
+    keys = KeyCarrier(key)
+
+    def init(params: PyTree) -> MethodState:
+        return start(target.first(params, keys.at(-1)), params, keys.data)
+
+    def update(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
+        step = state.step
+
+        def exchange_some(state: MethodState) -> MethodState:
+            found = exchange(
+                target.plan(params).paths,
+                target.structure,
+                [masks.as_bool(m) for m in packed_leaves(state)],
+                arrays(params),
+                score,
+                arrays(growth(grads, keys.at(step, state.own))),
+                exchanged(step),
+            )
+            return replace_masks(state, found, params)
+
+        return lax.cond(
+            steps.due(step), exchange_some, lambda s: s, advance(grads, state, params)
+        )
+
+    return Method(init, update, mask_gradients, None, masked_view)
+
+
+def exchange(
+    paths: Sequence[str],
+    structure: Structure,
+    found: Sequence[Bool[Array, "..."]],
+    weights: Sequence[Array],
+    score: _prune.Score,
+    growth: Sequence[Array],
+    share: Float[Array, ""],
+) -> list[Bool[Array, "..."]]:
+    """Drops the smallest active weights of each leaf and grows as many others.
+
+    A unit that was just dropped may grow again. With `NM` single weights are dropped, and
+    each group fills up from its own members.
+
+    Args:
+      paths: of the leaves.
+      structure: what is kept or pruned as one; the number of units stays in each leaf.
+      found: the masks.
+      weights: whose magnitude decides what is dropped.
+      score: elementwise score of what grows, read from `growth`.
+      growth: an array for each leaf.
+      share: of the active units, how many are exchanged; rounded half up.
+    """
+    plan = _prune.Plan(tuple(paths), structure, (), tuple(range(len(paths))))
+    kept = [_active_units(structure, p, m) for p, m in zip(paths, found, strict=True)]
+    dropping, active = plan, kept
+    if isinstance(structure, NM):
+        dropping = _prune.Plan(plan.paths, Unstructured(), (), plan.groups)
+        active = [masks.count_leaf(m) for m in found]
+    left = [_wide.subtract(k, _wide.share(k, share)) for k in active]
+    stay = largest(dropping, left, weights, found)
+    leaves = list(zip(growth, stay, strict=True))
+    return _prune.decide(
+        plan, kept, lambda x, m: jnp.where(m, jnp.inf, score(x)), leaves
+    )
+
+
+def largest(
+    plan: _prune.Plan,
+    kept: Sequence[Wide],
+    weights: Sequence[Array],
+    found: Sequence[Bool[Array, "..."]],
+) -> list[Bool[Array, "..."]]:
+    """Masks of the largest weights among those that `found` keeps."""
+    leaves = list(zip(weights, found, strict=True))
+    return _prune.decide(plan, kept, _active_magnitude, leaves)
+
+
+def packed_leaves(state: MethodState) -> list[masks.PackedMask]:
+    """The masks of a state, in the order of the leaves."""
+    return jax.tree.leaves(
+        state.masks, is_leaf=lambda x: isinstance(x, masks.PackedMask)
+    )
+
+
+def check_drop(drop: float) -> None:
+    """Raises `ValueError` unless `drop` is a share."""
+    if not 0 <= drop <= 1:
+        raise ValueError(
+            f"drop: got {drop}; expected the share of active weights that an update "
+            "exchanges, in [0, 1]; 0.3 is usual."
+        )
+
+
+class KeyCarrier:
+    """A key that travels in a state as plain integers, which every checkpoint can hold."""
+
+    def __init__(self, key: Key[Array, ""]):
+        if not jnp.issubdtype(getattr(key, "dtype", jnp.int32), jax.dtypes.prng_key):
+            raise TypeError(
+                f"key: got {key!r}; expected one made by jax.random.key(0)."
+            )
+        self.data: UInt32[Array, " words"] = jax.random.key_data(key)
+        self._impl = jax.random.key_impl(key)
+
+    def at(self, step: Array | int, data: Array | None = None) -> Key[Array, ""]:
+        """The key of a step; -1 is for the initial masks."""
+        data = self.data if data is None else data
+        key = jax.random.wrap_key_data(data, impl=self._impl)
+        return jax.random.fold_in(key, jnp.asarray(step) + 1)
+
+
+def _active_units(structure: Structure, path: str, mask) -> Wide:
+    """Units kept; with `NM` the groups that do not obey."""
+    unit = structure.scored(path, lambda m: m.astype(jnp.float32), mask)
+    return _select.count(unit.score(*unit.operands), lambda x: x > 0)
+
+
+def _active_magnitude(w: Array, mask: Bool[Array, "..."]) -> Array:
+    return jnp.where(mask, jnp.abs(w), -1)

@@ -1,0 +1,259 @@
+"""Soft top-k masks by regularised transportation (Spartan, arXiv 2205.14107)."""
+
+import dataclasses
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from jaxprune import _tree, masks, schedules, scores
+from jaxprune._tree import PyTree
+from jaxprune.allocation import Allocation
+from jaxprune.schedules import Schedule
+from jaxprune.structures import NM, Structure, Unstructured
+from jaxprune.training import _target
+from jaxprune.training._method import (
+    Method,
+    MethodState,
+    advance,
+    all_gradients,
+    arrays,
+    replace_masks,
+    start,
+    straight_through,
+)
+
+_ROUNDS = 30  # passes of the search for the offset, at most
+_MASS = 1e-5  # by which share of the budget the masks may miss it
+
+
+class SoftTopKState(NamedTuple):
+    """What the soft mask is made of, beside the masks.
+
+    Attributes:
+      offsets: `mu` of each leaf; +inf where nothing is pruned.
+      beta: sharpness.
+      hard: whether the masks are final.
+    """
+
+    offsets: list[Float[Array, ""]]
+    beta: Float[Array, ""]
+    hard: Bool[Array, ""]
+
+
+def soft_top_k(
+    sparsity: float | Fraction | Schedule | None = None,
+    *,
+    begin: int = 0,
+    end: int | None = None,
+    harden: int,
+    every: int = 1,
+    beta: float = 20.0,
+    structure: Structure = Unstructured(),
+    allocation: Allocation = "global",
+) -> Method:
+    """Soft top-k: masks of the right mass that sharpen to the k largest weights.
+
+    `m = sigmoid(beta |w| + mu)`, with the one `mu` for which the masks sum to the budget.
+    The forward pass sees `w m` for the k largest weights and 0 for the others. The
+    gradient is that of `w m` for all of them, through `mu` as well. `beta` rises on a
+    straight line from 1 at `begin` to its final value at `harden`, the sparsity from 0 at
+    `begin` to its own at `end`. At `harden` the weights take up the soft masks, the masks
+    stand still, and what is kept trains on. The weights are dense behind the mask: the
+    loss must see `jaxprune.sparse_params`.
+
+    Of blocks and channels the mean magnitude takes the place of the magnitude. Differences
+    from the authors' code: `mu` is found by a bracketed Newton search to a 10**-5 of the
+    budget, there by Sinkhorn steps to a hundredth; the frozen soft masks go into the
+    weights at `harden`, there at the end of training.
+
+    Args:
+      sparsity: at the end, in [0, 1), or a `Schedule`, which then holds begin, end and
+        every.
+      begin: step at which pruning sets in.
+      end: step at which the final sparsity is reached; in the paper a fifth of the run.
+      harden: step from which masks are hard; in the paper four fifths of the run.
+      every: steps between two decisions of masks and `mu`; each step in the paper.
+      beta: final sharpness, per unit of weight.
+      structure: what is kept or pruned as one; not `NM`.
+      allocation: how sparsity is divided among leaves; see `jaxprune.prune`.
+
+    Raises:
+      ValueError: if a schedule is given twice, `end` is missing, or a value is out of
+        range.
+
+    Example:
+      >>> method = jp.soft_top_k(0.9, end=2000, harden=8000)
+
+    References:
+      Tai, Tian & Lim, Spartan: Differentiable Sparsity via Regularized Transportation,
+      arXiv 2205.14107, section 3.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta: got {beta}; expected a sharpness above 0, such as 20.")
+    if isinstance(structure, NM):
+        raise ValueError(
+            f"structure: got {structure}; expected Unstructured, Block or Channel, since "
+            "the budget is one of whole leaves. For N:M take pdp or sr_ste."
+        )
+    target = _target.rising(
+        sparsity, structure, allocation, begin=begin, end=end, every=every,
+        initial=0.0, method="soft_top_k", ramp=schedules.linear,
+    )  # fmt: skip
+    ramp = target.schedule
+    if harden < ramp.end:
+        raise ValueError(
+            f"harden: got {harden}; expected a step of at least end={ramp.end}."
+        )
+    sharpness = schedules.linear(beta, ramp.begin, harden, 1, min(1.0, beta))
+    shared = allocation == "global"
+
+    def solve(params: PyTree, step, sharp) -> list[Array]:
+        """The offset of each leaf."""
+        plan = target.plan(params)
+        values = [
+            _values(structure, p, w)
+            for p, w in zip(plan.paths, arrays(params), strict=True)
+        ]
+        found = [
+            _offset(some, kept.to_float(), sharp)
+            for some, kept in zip(
+                _grouped(values, shared), target.kept(params, step), strict=True
+            )
+        ]
+        return [found[g] for g in plan.groups]
+
+    def init(params: PyTree) -> MethodState:
+        state = start(target.first(params), params)
+        sharp = sharpness(0)
+        own = SoftTopKState(solve(params, -1, sharp), sharp, jnp.bool_(False))
+        return state._replace(own=own)
+
+    def update(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
+        step = state.step
+        regular = (step >= ramp.begin) & ((step - ramp.begin) % ramp.every == 0)
+        due = (regular & (step < harden)) | (step == ramp.end) | (step == harden)
+
+        def decide(state: MethodState) -> MethodState:
+            found = target.decide(params, step, scores.magnitude)
+            state = replace_masks(state, found, params)
+            sharp = sharpness(step)
+            own = SoftTopKState(solve(params, step, sharp), sharp, step >= harden)
+            return state._replace(own=own)
+
+        return lax.cond(due, decide, lambda s: s, advance(grads, state, params))
+
+    def take_up(new: PyTree, state: MethodState, old: PyTree) -> PyTree:
+        """At `harden` the weights become what the forward pass saw of them."""
+        del old
+        return lax.cond(
+            state.step == harden,
+            lambda p: _weigh(structure, shared, p, state.own),
+            lambda p: p,
+            new,
+        )
+
+    view = _View(structure, shared)
+    return Method(init, update, all_gradients, take_up, view, dense=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """`w m` for the k largest weights, with the gradient of `w m` for all."""
+
+    structure: Structure
+    shared: bool
+
+    def __hash__(self) -> int:
+        return hash((type(self.structure), self.shared))  # axes may be a mapping
+
+    def __call__(self, params: PyTree, state: MethodState) -> PyTree:
+        soft = _weigh(self.structure, self.shared, params, state.own)
+
+        def see(w, u, mask):
+            keep = masks.as_bool(mask)
+            passed = straight_through(u, jnp.where(keep, u, 0))
+            return jnp.where(state.own.hard, jnp.where(keep, w, 0), passed)
+
+        return _tree.map_leaves(see, params, soft, state.masks)
+
+
+def _weigh(
+    structure: Structure, shared: bool, params: PyTree, own: SoftTopKState
+) -> PyTree:
+    """`w m`, whose gradient takes into account that the masks keep their mass."""
+    paths, weights = _tree.paths(params), arrays(params)
+    values = [_values(structure, p, w) for p, w in zip(paths, weights, strict=True)]
+    logits = []
+    for some, mu in zip(
+        _grouped(values, shared),
+        own.offsets[:1] if shared else own.offsets,
+        strict=True,
+    ):
+        fixed = [lax.stop_gradient(x) for x in some]
+        slopes = [_slope(own.beta * x + mu) for x in fixed]
+        total = sum(jnp.sum(a) for a in slopes)
+        # The offset itself, with the derivative that the constraint gives it.
+        moved = sum(
+            jnp.sum(a * (x - x0)) for a, x, x0 in zip(slopes, some, fixed, strict=True)
+        )
+        offset = mu - own.beta * moved / jnp.where(total > 0, total, 1)
+        logits += [own.beta * x + offset for x in some]
+    soft = iter(
+        structure.spread(p, jax.nn.sigmoid(x), w)
+        for p, x, w in zip(paths, logits, weights, strict=True)
+    )
+    return _tree.map_leaves(lambda w: (w * next(soft)).astype(w.dtype), params)
+
+
+def _values(structure: Structure, path: str, w: Array) -> Array:
+    """Magnitudes, of blocks and channels their means, in float32."""
+    unit = structure.scored(path, _magnitude, w)
+    sums = unit.score(*unit.operands)
+    return sums * (sums.size / w.size)
+
+
+def _magnitude(w: Array) -> Array:
+    wide = jnp.promote_types(w.dtype, jnp.float32)
+    return jnp.where(jnp.isfinite(w), jnp.abs(w), 0).astype(wide)
+
+
+def _grouped(values: list[Array], shared: bool) -> list[list[Array]]:
+    return [values] if shared else [[x] for x in values]
+
+
+def _slope(x: Array) -> Array:
+    """Derivative of the logistic function."""
+    m = jax.nn.sigmoid(x)
+    return m * (1 - m)
+
+
+def _offset(values: Sequence[Array], mass: Array, beta: Array) -> Array:
+    """The `mu` for which `sigmoid(beta x + mu)` sums to `mass`; +inf if that is all."""
+    size = sum(x.size for x in values)
+    share = mass / size
+    middle = jnp.log(share) - jnp.log1p(-share)
+    low = middle - beta * jnp.max(jnp.stack([jnp.max(x) for x in values]))
+    high = middle - beta * jnp.min(jnp.stack([jnp.min(x) for x in values]))
+
+    def narrow(state):
+        low, high, mu, _, i = state
+        masks = [jax.nn.sigmoid(beta * x + mu) for x in values]
+        excess = sum(jnp.sum(m) for m in masks) - mass
+        slope = sum(jnp.sum(m * (1 - m)) for m in masks)
+        low, high = jnp.where(excess < 0, mu, low), jnp.where(excess < 0, high, mu)
+        newton = mu - excess / jnp.where(slope > 0, slope, 1)
+        inside = (newton > low) & (newton < high) & (slope > 0)
+        return low, high, jnp.where(inside, newton, (low + high) / 2), excess, i + 1
+
+    def unfinished(state):
+        *_, excess, i = state
+        return (jnp.abs(excess) > _MASS * mass) & (i < _ROUNDS)
+
+    start = (low, high, (low + high) / 2, jnp.float32(jnp.inf), 0)
+    mu = lax.while_loop(unfinished, narrow, start)[2]
+    return jnp.where(share >= 1, jnp.inf, mu)

@@ -1,0 +1,167 @@
+"""How many weights a method keeps at each step, in which structure, and where."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Key
+
+from jaxprune import _prune, _wide, schedules, scores
+from jaxprune._tree import PyTree
+from jaxprune._wide import Wide
+from jaxprune.allocation import Allocation, exact
+from jaxprune.schedules import Schedule
+from jaxprune.structures import NM, Structure
+from jaxprune.training._method import arrays
+
+FOREVER = 2**31 - 2  # the last step that an int32 can count on from
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Counts that move from those of an initial sparsity to those of a final one.
+
+    Attributes:
+      schedule: when masks are decided, and how far the way is gone.
+      initial: sparsity at first; `None` where structure or allocation say it.
+      final: sparsity in the end; likewise.
+      structure: what is kept or pruned as one.
+      allocation: how sparsity is divided among leaves.
+    """
+
+    schedule: Schedule
+    initial: Fraction | None
+    final: Fraction | None
+    structure: Structure
+    allocation: Allocation
+
+    def plan(self, params: PyTree) -> _prune.Plan:
+        """What stays in the end; refuses leaves that do not fit."""
+        return self._plan(params, self.final, self.allocation)
+
+    def kept(self, params: PyTree, step: Int[Array, ""] | int) -> list[Wide]:
+        """Units kept in each group of the plan at a step."""
+        last = self.plan(params).kept
+        if self.initial == self.final:
+            return [_wide.from_int(k) for k in last]
+        # A mapping says what its leaves end with, not what they begin with.
+        is_mapping = isinstance(self.allocation, Mapping)
+        allocation = "uniform" if is_mapping else self.allocation
+        first = self._plan(params, self.initial, allocation).kept
+        return [
+            _wide.interpolate(a, b, self.schedule.fraction(step))
+            for a, b in zip(first, last, strict=True)
+        ]
+
+    def decide(
+        self, params: PyTree, step: Int[Array, ""] | int, score: _prune.Score
+    ) -> list[Bool[Array, "..."]]:
+        """Masks of the best weights at a step, in the order of the leaves."""
+        plan, leaves = self.plan(params), arrays(params)
+        structure, stands = self.structure, self.initial == self.final
+        if isinstance(structure, NM) and stands and not any(plan.kept):
+            # All groups obey at all times: nothing to search for.
+            return [
+                structure.best(path, score(x))
+                for path, x in zip(plan.paths, leaves, strict=True)
+            ]
+        kept = self.kept(params, step)
+        return _prune.decide(plan, kept, score, [(x,) for x in leaves])
+
+    def first(
+        self,
+        params: PyTree,
+        key: Key[Array, ""] | None = None,
+        score: _prune.Score = scores.magnitude,
+    ) -> PyTree:
+        """Masks to begin with: random with a key, else by score."""
+        kept = self.kept(params, -1)  # refuses leaves that do not fit
+        if self.initial == 0:
+            return jax.tree.map(lambda x: jnp.ones_like(x, bool), params)
+        operands = params if key is None else scores.random(params, key=key)
+        leaves = [(x,) for x in arrays(operands)]
+        score = score if key is None else _same
+        return scaffold(params, _prune.decide(self.plan(params), kept, score, leaves))
+
+    def _plan(self, params, sparsity, allocation) -> _prune.Plan:
+        return _prune.plan(
+            params, sparsity=sparsity, structure=self.structure, allocation=allocation
+        )
+
+
+def fixed(
+    sparsity: float | Fraction | None,
+    structure: Structure,
+    allocation: Allocation,
+    *,
+    begin: int = 0,
+    end: int | None = None,
+    every: int = 1,
+) -> Target:
+    """Counts that stand still; masks are decided from `begin` to `end`, or for good.
+
+    Raises:
+      ValueError: if the sparsity is outside [0, 1), or the steps make no schedule.
+    """
+    final = None if sparsity is None else exact(sparsity)
+    end = FOREVER if end is None else end
+    schedule = schedules.cubic(0.0, begin, end, every)
+    return Target(schedule, final, final, structure, allocation)
+
+
+def rising(
+    sparsity: float | Fraction | Schedule | None,
+    structure: Structure,
+    allocation: Allocation,
+    *,
+    begin: int,
+    end: int | None,
+    every: int,
+    initial: float | Fraction,
+    method: str,
+    ramp: Callable[..., Schedule] = schedules.cubic,
+) -> Target:
+    """Counts on a ramp, the cubic of Zhu & Gupta, or on a schedule given as sparsity.
+
+    Raises:
+      ValueError: if a schedule is given twice, `end` or the sparsity is missing, or a
+        value is out of range.
+    """
+    if isinstance(sparsity, Schedule):
+        if (begin, end, every, initial) != (0, None, 1, 0.0):
+            raise ValueError(
+                "sparsity: got a Schedule together with begin, end, every or initial; the "
+                "schedule holds those. Leave them out, or give sparsity as a number."
+            )
+        final, initial, schedule = sparsity.final, sparsity.initial, sparsity
+    else:
+        if sparsity is None and isinstance(structure, NM):
+            sparsity = 1 - Fraction(structure.n, structure.m)
+        if end is None:
+            raise ValueError(
+                "end: got None; expected the step of the last mask update, as in "
+                f"{method}(0.9, begin=200, end=800, every=20)."
+            )
+        if sparsity is None:
+            raise ValueError(
+                "sparsity: got None; expected the share to prune in the end, as in "
+                f"{method}(0.9, end=800). With a mapping as allocation it is what leaves "
+                "get that match no pattern."
+            )
+        final = sparsity
+        schedule = ramp(0.0, begin, end, every)
+    return Target(
+        schedule, exact(initial, "initial"), exact(final, "sparsity"), structure, allocation
+    )  # fmt: skip
+
+
+def scaffold(params: PyTree, found: Sequence[Array]) -> PyTree:
+    """Arrays of the leaves in order, as a tree."""
+    leaves = iter(found)
+    return jax.tree.map(lambda _: next(leaves), params)
+
+
+def _same(x: Array) -> Array:
+    return x

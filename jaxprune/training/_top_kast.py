@@ -1,0 +1,139 @@
+"""Top-KAST: always sparse forward, a wider set backward (arXiv 2106.03517)."""
+
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxprune import _prune, _tree, masks, scores
+from jaxprune._tree import PyTree
+from jaxprune.allocation import Allocation, exact
+from jaxprune.structures import NM, Structure, Unstructured
+from jaxprune.training import _target
+from jaxprune.training._method import (
+    Method,
+    MethodState,
+    advance,
+    masked_view,
+    replace_masks,
+    start,
+)
+
+
+def top_kast(
+    sparsity: float | Fraction,
+    *,
+    backward: float | Fraction,
+    every: int = 100,
+    until: int | None = None,
+    decay: float = 1e-4,
+    score: _prune.Score = scores.magnitude,
+    structure: Structure = Unstructured(),
+    allocation: Allocation = "uniform",
+) -> Method:
+    """The forward pass sees the largest weights, the backward pass some more.
+
+    Forward the largest weights of each leaf count (set A), and the gradient goes to a
+    wider set B; a weight outside B neither learns nor moves, and keeps its value. So the
+    weights are dense behind the mask: the loss must see `jaxprune.sparse_params`.
+
+    The exploration regulariser, added to the gradient, is `decay w` on A and
+    `decay w / density` on B outside A, where density is that of A: what is not used
+    shrinks, which lets others in.
+
+    No code of the authors is public. Whether moments of weights outside B go on is not
+    said; here their gradients are 0 and their updates dropped.
+
+    Args:
+      sparsity: share that the forward pass prunes, in [0, 1).
+      backward: share that neither pass uses, at most `sparsity`.
+      every: steps between two choices of the sets.
+      until: step from which B is A: the masks stand still. `None` explores for good.
+      decay: strength of the regulariser.
+      score: elementwise score of a weight array; higher is kept.
+      structure: what is kept or pruned as one; not `NM`.
+      allocation: how both sparsities are divided among leaves; see `jaxprune.prune`.
+
+    Raises:
+      ValueError: if a value is out of range.
+
+    Example:
+      >>> method = jp.top_kast(0.9, backward=0.8)
+
+    References:
+      Jayakumar et al., Top-KAST: Top-K Always Sparse Training, arXiv 2106.03517,
+      sections 2.1 to 2.4.
+    """
+    forward_share, backward_share = exact(sparsity), exact(backward, "backward")
+    if backward_share > forward_share:
+        raise ValueError(
+            f"backward: got {backward}; expected at most sparsity={sparsity}, since the "
+            "backward pass uses all weights of the forward pass, and more."
+        )
+    if isinstance(structure, NM):
+        raise ValueError(
+            f"structure: got {structure}; expected Unstructured, Block or Channel, since "
+            "N:M does not say which further weights the backward pass uses."
+        )
+    if not decay >= 0:
+        raise ValueError(f"decay: got {decay}; expected at least 0, such as 1e-4.")
+    forward = _target.fixed(sparsity, structure, allocation, end=until, every=every)
+    wider = _target.fixed(backward, structure, allocation)
+    scale = 1 / float(1 - forward_share)
+
+    def init(params: PyTree) -> MethodState:
+        learning = wider.first(params, score=score)
+        return start(forward.first(params, score=score), params, _pack(learning))
+
+    def update(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
+        step = state.step
+
+        def choose(state: MethodState) -> MethodState:
+            state = replace_masks(state, forward.decide(params, step, score), params)
+            found = wider.decide(params, step, score)
+            if until is not None:
+                found = [
+                    jnp.where(step >= until, masks.as_bool(a), b)
+                    for a, b in zip(_packed(state.masks), found, strict=True)
+                ]
+            return state._replace(
+                own=[
+                    masks.repack(m, like)
+                    for m, like in zip(found, state.own, strict=True)
+                ]
+            )
+
+        state = advance(grads, state, params)
+        return lax.cond(forward.schedule.due(step), choose, lambda s: s, state)
+
+    def gradients(grads: PyTree, state: MethodState, params: PyTree) -> PyTree:
+        def explore(g, w, used, learns):
+            pull = decay * jnp.where(masks.as_bool(used), w, scale * w)
+            return jnp.where(masks.as_bool(learns), g + pull.astype(g.dtype), 0)
+
+        return _map(explore, grads, params, state.masks, state.own)
+
+    return Method(init, update, gradients, _hold, masked_view, dense=True)
+
+
+def _hold(new: PyTree, state: MethodState, old: PyTree) -> PyTree:
+    """Weights outside the backward set stay where they are."""
+    return _map(
+        lambda x, y, _, learns: jnp.where(masks.as_bool(learns), x, y),
+        new, old, state.masks, state.own,
+    )  # fmt: skip
+
+
+def _map(f, tree: PyTree, other: PyTree, used: PyTree, own: list) -> PyTree:
+    learns = iter(own)
+    return _tree.map_leaves(lambda x, y, m: f(x, y, m, next(learns)), tree, other, used)
+
+
+def _pack(found: PyTree) -> list[masks.PackedMask]:
+    return _packed(masks.pack(found))
+
+
+def _packed(found: PyTree) -> list[Any]:
+    return jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, masks.PackedMask))
