@@ -5,12 +5,14 @@ from jaxprune import analysis as analysis
 from jaxprune import checkpoint as checkpoint
 from jaxprune import masks as masks
 from jaxprune import penalties as penalties
+from jaxprune import rounds as rounds
 from jaxprune import schedules as schedules
 from jaxprune import scores as scores
 from jaxprune import structures as structures
 from jaxprune import training as training
 
 from ._prune import prune as prune
+from ._prune import prune_in_rounds as prune_in_rounds
 from .structures import NM as NM
 from .structures import Block as Block
 from .structures import Channel as Channel

@@ -65,7 +65,7 @@ def plan(
         sparsity = 1 - Fraction(structure.n, structure.m)
     wanted = allocations.allocate(allocation, shapes, sparsity)
     kept = [structure.kept_units(p, x, wanted[p]) for p, x in chosen]
-    if allocation in ("global", "erk") and isinstance(structure, Unstructured):
+    if allocation in ("global", "er", "erk") and isinstance(structure, Unstructured):
         # Rounding leaf by leaf would miss the budget by a few weights.
         sizes = [structure.units(p, x) for p, x in chosen]
         whole = jax.ShapeDtypeStruct((sum(sizes),), "float32")
@@ -132,8 +132,8 @@ def prune(
       score: a function of one weight array, or a tree of scores. Higher is kept, ties go
         to the lower index, NaN loses.
       structure: what is kept or pruned as one.
-      allocation: `"uniform"`, `"global"` (one threshold for all leaves), `"erk"`, a
-        mapping from path patterns to sparsities, or a function; see
+      allocation: `"uniform"`, `"global"` (one threshold for all leaves), `"er"`, `"erk"`,
+        a mapping from path patterns to sparsities, or a function; see
         `jaxprune.allocation.allocate`.
       where: which leaves may be pruned: a function `(path, leaf) -> bool`, or glob
         patterns of which the last match decides and `!` excludes; if the first excludes,
@@ -176,6 +176,64 @@ def prune(
     new = iter(found)
     masks = treedef.unflatten([x if _tree.is_hole(x) else next(new) for x in holed])
     return mask_trees.apply(params, masks), masks
+
+
+def prune_in_rounds(
+    params: PyTree,
+    sparsity: float | Fraction,
+    *,
+    score: Callable[[PyTree], PyTree],
+    rounds: int = 100,
+    structure: Structure = Unstructured(),
+    allocation: Allocation = "global",
+    where: _tree.Where = None,
+) -> tuple[PyTree, PyTree]:
+    """Prunes in many rounds, and scores anew what each of them leaves.
+
+    The density after round `i` of `n` is that of the end to the power `i / n`. Every
+    round decides among all weights; those pruned before are 0 and come back only if
+    their score says so, as it cannot with `|w ...|`.
+
+    Args:
+      params: a tree of arrays.
+      sparsity: in the end, in [0, 1).
+      score: gives a tree of scores from the parameters, pruned ones at 0.
+      rounds: how many; 100 for SynFlow.
+      structure: what is kept or pruned as one.
+      allocation: how sparsity is divided among leaves; see `prune`.
+      where: which leaves may be pruned; see `prune`.
+
+    Returns:
+      The pruned parameters and the masks.
+
+    Raises:
+      ValueError: as `prune`; and if `rounds` is below 1.
+
+    Example:
+      >>> params = {"up": jnp.array([[1.0, -2.0]]), "down": jnp.array([[3.0], [0.5]])}
+      >>> def score(params):
+      ...     network = lambda p, x: x @ p["up"] @ p["down"]
+      ...     return jp.scores.synflow(network, params, jnp.ones(1))
+      >>> params, _ = jp.prune_in_rounds(params, 0.5, score=score, rounds=10)
+      >>> params["up"].tolist(), params["down"].ravel().tolist()
+      ([[1.0, 0.0]], [3.0, 0.0])
+
+    References:
+      Tanaka et al., arXiv 2006.05467, Algorithm 1.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds: got {rounds}; expected at least 1.")
+    final = allocations.exact(sparsity)
+    score = jax.jit(score)
+    masks: PyTree = None
+    for i in range(1, rounds + 1):
+        density = float(1 - final) ** (i / rounds)
+        now = final if i == rounds else Fraction(1 - density)
+        params, masks = prune(
+            params, now, score=score(params), structure=structure,
+            allocation=allocation, where=where,
+        )  # fmt: skip
+    return params, masks
 
 
 def _program(plan: Plan, score: Score, shardings: tuple) -> Callable:

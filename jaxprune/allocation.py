@@ -12,7 +12,7 @@ from jaxprune import _tree
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 Sparsities: TypeAlias = Mapping[str, float | Fraction]
 Allocation: TypeAlias = (
-    Literal["uniform", "global", "erk"]
+    Literal["uniform", "global", "erk", "er"]
     | Sparsities
     | Callable[[Shapes, float | Fraction], Sparsities]
 )
@@ -45,21 +45,96 @@ def erk(shapes: Shapes, sparsity: float | Fraction) -> dict[str, Fraction]:
       Evci et al., Rigging the Lottery, arXiv 1911.11134, section 3 (sparsity
       distribution); Mocanu et al., arXiv 1707.04780, Eq. (3).
     """
-    budget = (1 - exact(sparsity)) * sum(math.prod(s) for s in shapes.values())
     raw = {p: Fraction(sum(s or (1,)), max(math.prod(s), 1)) for p, s in shapes.items()}
+    return _proportional(raw, _sizes(shapes), exact(sparsity))
+
+
+def er(shapes: Shapes, sparsity: float | Fraction) -> dict[str, Fraction]:
+    """Erdős–Rényi: density proportional to (inputs + outputs) / (inputs * outputs).
+
+    As `erk`, but only the last two axes count: all positions of a convolution kernel
+    share a density.
+
+    Example:
+      >>> found = jp.allocation.er({"a": (3, 3, 10, 10), "b": (3, 3, 100, 100)}, 0.9)
+      >>> round(float(found["a"]), 3), round(float(found["b"]), 3)
+      (0.082, 0.908)
+
+    References:
+      Mocanu et al., arXiv 1707.04780, Eq. (3); Evci et al., arXiv 1911.11134, section 3.
+    """
+    raw = {p: Fraction(sum(s[-2:] or (1,)), max(math.prod(s[-2:]), 1))
+           for p, s in shapes.items()}  # fmt: skip
+    return _proportional(raw, _sizes(shapes), exact(sparsity))
+
+
+def water_filling(
+    shapes: Shapes,
+    sparsity: float | Fraction,
+    *,
+    costs: Mapping[str, float | Fraction] | None = None,
+) -> dict[str, Fraction]:
+    """PreCropping's densities: every leaf keeps as much as every other, up to all.
+
+    Maximises the sum of the logarithms of the densities under a budget: the density of a
+    leaf is `min(1, c / cost)`, with the one `c` that meets the budget. It needs neither
+    weights nor data.
+
+    Args:
+      shapes: of the leaves to prune, by path.
+      sparsity: share of the whole cost that goes.
+      costs: of each leaf when dense; by default its number of weights (PreCrop-Params).
+        Give FLOPs for PreCrop-FLOPs.
+
+    Example:
+      >>> found = jp.allocation.water_filling({"a": (2, 2), "b": (4, 4)}, 0.5)
+      >>> found["a"], found["b"]
+      (Fraction(0, 1), Fraction(5, 8))
+
+    Raises:
+      ValueError: if `costs` lacks a leaf or has a cost that is not above 0.
+
+    References:
+      Cai et al., Structured Pruning is All You Need for Pruning CNNs at Initialization,
+      arXiv 2203.02549. The program is the paper's; its solution, by the conditions of
+      Karush, Kuhn and Tucker, is ours.
+    """
+    sizes = _sizes(shapes)
+    if costs is None:
+        found = sizes
+    else:
+        if missing := sorted(p for p in shapes if not costs.get(p, 0) > 0):
+            raise ValueError(
+                f"costs: nothing above 0 for {_tree.listing(missing)}; expected the cost "
+                "of every leaf that is pruned, such as its FLOPs."
+            )
+        found = {p: Fraction(costs[p]) for p in shapes}
+    raw = {p: Fraction(1) / found[p] if found[p] else Fraction(1) for p in shapes}
+    return _proportional(raw, found, exact(sparsity))
+
+
+def _sizes(shapes: Shapes) -> dict[str, Fraction]:
+    return {p: Fraction(math.prod(s)) for p, s in shapes.items()}
+
+
+def _proportional(
+    raw: Mapping[str, Fraction], costs: Mapping[str, Fraction], sparsity: Fraction
+) -> dict[str, Fraction]:
+    """Densities in proportion to `raw`, at most 1, that meet the budget exactly."""
+    budget = (1 - sparsity) * sum(costs.values())
     dense: set[str] = set()
     while True:
-        free = [p for p in shapes if p not in dense]
+        free = [p for p in raw if p not in dense]
         if not free or not budget:  # no weights at all
-            return dict.fromkeys(shapes, Fraction(0))
-        left = budget - sum(math.prod(shapes[p]) for p in dense)
-        scale = left / sum(raw[p] * math.prod(shapes[p]) for p in free)
+            return dict.fromkeys(raw, Fraction(0))
+        left = budget - sum(costs[p] for p in dense)
+        scale = left / sum(raw[p] * costs[p] for p in free)
         over = [p for p in free if scale * raw[p] > 1]
         if not over:
             break
         # One at a time, the largest first: the others may fall back under 1.
         dense.add(max(over, key=lambda p: raw[p]))
-    return {p: Fraction(0) if p in dense else 1 - scale * raw[p] for p in shapes}
+    return {p: Fraction(0) if p in dense else 1 - scale * raw[p] for p in raw}
 
 
 def exact(sparsity: float | Fraction | None, name: str = "sparsity") -> Fraction:
@@ -102,7 +177,7 @@ def allocate(
     """The sparsity of each leaf.
 
     Args:
-      allocation: `"uniform"`, `"erk"`, a mapping from path patterns to sparsities (the
+      allocation: `"uniform"`, `"er"`, `"erk"`, a mapping from path patterns to sparsities (the
         last match counts; leaves that match none get `sparsity`), or a function of
         shapes and sparsity. `"global"` has no sparsity by leaf: it is answered with the
         whole's, and selection compares scores across leaves.
@@ -138,12 +213,12 @@ def allocate(
                 f"expected exactly {_tree.listing(sorted(shapes))}."
             )
         return {p: exact(found[p], f"allocation for {p}") for p in shapes}
-    if allocation == "erk":
-        return erk(shapes, exact(sparsity))
+    if allocation in ("er", "erk"):
+        return (er if allocation == "er" else erk)(shapes, exact(sparsity))
     if allocation in ("uniform", "global"):
         return uniform(shapes, sparsity)
     raise ValueError(
-        f"allocation: got {allocation!r}; expected 'uniform', 'global', 'erk', a mapping "
+        f"allocation: got {allocation!r}; expected 'uniform', 'global', 'er', 'erk', a mapping "
         "{path pattern: sparsity} or a function (shapes, sparsity) -> {path: sparsity}."
     )
 

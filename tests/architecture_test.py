@@ -36,7 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": {"formats"},
     "acceleration": {"tracing", "formats", "kernels"},
     "checkpoint": {"_tree", "formats", "masks"},
-    "analysis": _MEASURES,
+    "analysis": _MEASURES | {"_prune"},
+    "rounds": _BASE | {"_prune", "analysis", "checkpoint"},
 }
 
 

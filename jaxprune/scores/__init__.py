@@ -3,3 +3,6 @@
 from ._data_free import magnitude as magnitude
 from ._data_free import random as random
 from ._data_free import saliency as saliency
+from ._from_loss import grasp as grasp
+from ._from_loss import snip as snip
+from ._from_loss import synflow as synflow
