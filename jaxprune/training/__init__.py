@@ -4,6 +4,11 @@ from ._acdc import acdc as acdc
 from ._bdwp import bdwp_matmul as bdwp_matmul
 from ._chts import ch2_l3n as ch2_l3n
 from ._chts import chts as chts
+from ._clients import Moments as Moments
+from ._clients import TopGradients as TopGradients
+from ._clients import merge_gradients as merge_gradients
+from ._clients import merge_moments as merge_moments
+from ._clients import top_gradients as top_gradients
 from ._gmp import gmp as gmp
 from ._gradient_flow import mdgf as mdgf
 from ._gradient_flow import nm_stages as nm_stages
@@ -33,4 +38,5 @@ from ._soft_top_k import soft_top_k as soft_top_k
 from ._static import static as static
 from ._ste import sr_ste as sr_ste
 from ._ste import ste as ste
+from ._task import task as task
 from ._top_kast import top_kast as top_kast

@@ -20,10 +20,11 @@ from jaxprune.training._method import (
     arrays,
     mask_gradients,
     masked_view,
+    packed_masks,
     replace_masks,
     start,
 )
-from jaxprune.training._prune_grow import KeyCarrier, check_drop, packed_leaves
+from jaxprune.training._prune_grow import KeyCarrier, check_drop
 
 
 def chts(
@@ -125,7 +126,7 @@ def chts(
         def rewire(state: MethodState) -> MethodState:
             plan, weights = target.plan(params), arrays(params)
             kept = target.kept(params, step)
-            found = [masks.as_bool(m) for m in packed_leaves(state)]
+            found = [masks.as_bool(m) for m in packed_masks(state.masks)]
             if initial is not None:
                 links = map(_relative, weights, found)
                 found = _keep_best(plan, kept, list(links), found)

@@ -1,11 +1,12 @@
-"""Methods whose weights stay dense behind the mask: when their masks are decided."""
+"""What methods share whose weights stay dense behind the mask."""
 
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 
-from jaxprune import _prune
+from jaxprune import _prune, _tree, masks
 from jaxprune._tree import PyTree
 from jaxprune.training._method import (
     Method,
@@ -55,3 +56,18 @@ def behind_mask(
         return state._replace(own=own(state.step))
 
     return Method(init, update, gradients, None, view, dense=True)
+
+
+def hold_others(new: PyTree, state: MethodState, old: PyTree) -> PyTree:
+    """Only weights that learn move; `state.own` holds their packed masks, by leaf."""
+    return map_learning(
+        lambda x, y, _, learns: jnp.where(masks.as_bool(learns), x, y), new, old, state
+    )
+
+
+def map_learning(f, tree: PyTree, other: PyTree, state: MethodState) -> PyTree:
+    """Maps `f(x, y, mask, learns)` over two trees, the masks, and what learns."""
+    learns = iter(state.own)
+    return _tree.map_leaves(
+        lambda x, y, m: f(x, y, m, next(learns)), tree, other, state.masks
+    )

@@ -19,6 +19,7 @@ from jaxprune.training._method import (
     arrays,
     mask_gradients,
     masked_view,
+    packed_masks,
     replace_masks,
     start,
 )
@@ -27,7 +28,6 @@ from jaxprune.training._prune_grow import (
     check_drop,
     exchange,
     largest,
-    packed_leaves,
 )
 
 
@@ -104,7 +104,7 @@ def granet(
         def prune_and_exchange(state: MethodState) -> MethodState:
             plan, weights = target.plan(params), arrays(params)
             kept = target.kept(params, step)
-            found = [masks.as_bool(m) for m in packed_leaves(state)]
+            found = [masks.as_bool(m) for m in packed_masks(state.masks)]
             found = largest(plan, kept, weights, found)
             found = exchange(
                 plan.paths, structure, found, weights,

@@ -17,10 +17,10 @@ from jaxprune.training._method import (
     arrays,
     mask_gradients,
     masked_view,
+    packed_masks,
     replace_masks,
     start,
 )
-from jaxprune.training._prune_grow import packed_leaves
 
 
 def iss_p(
@@ -75,7 +75,7 @@ def iss_p(
         target.plan(params)  # a leaf that does not fit is refused here
         everything = _target.scaffold(params, _ones(params))
         state = start(everything, params)
-        return state._replace(own=packed_leaves(state))
+        return state._replace(own=packed_masks(state.masks))
 
     def update(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
         step = state.step

@@ -17,10 +17,10 @@ from jaxprune.training._method import (
     advance,
     arrays,
     masked_view,
+    packed_masks,
     replace_masks,
     start,
 )
-from jaxprune.training._prune_grow import packed_leaves
 
 
 def mask_sparsity(
@@ -78,7 +78,7 @@ def mask_sparsity(
         target.plan(params)  # a leaf that does not fit is refused here
         ones = [jnp.ones_like(x, bool) for x in arrays(params)]
         state = start(_target.scaffold(params, ones), params)
-        return state._replace(own=packed_leaves(state))
+        return state._replace(own=packed_masks(state.masks))
 
     def update(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
         step = state.step

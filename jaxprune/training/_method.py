@@ -147,9 +147,14 @@ def replace_masks(
     return state._replace(masks=packed, info=info)
 
 
+def packed_masks(packed: PyTree) -> list[masks.PackedMask]:
+    """The leaves of a tree of packed masks."""
+    return jax.tree.leaves(packed, is_leaf=_is_packed)
+
+
 def kept_counts(packed: PyTree) -> tuple[Wide, ...]:
     """Weights kept in each leaf of a tree of packed masks."""
-    return tuple(map(masks.count_leaf, jax.tree.leaves(packed, is_leaf=_is_packed)))
+    return tuple(map(masks.count_leaf, packed_masks(packed)))
 
 
 def nonfinite(params: PyTree) -> Wide:

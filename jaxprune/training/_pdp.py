@@ -22,10 +22,10 @@ from jaxprune.training._method import (
     advance,
     all_gradients,
     arrays,
+    packed_masks,
     replace_masks,
     start,
 )
-from jaxprune.training._prune_grow import packed_leaves
 
 
 class PDPState(NamedTuple):
@@ -165,7 +165,7 @@ def _thresholds(
     """`t**2` of each leaf, from its masks; leaves of a group share one."""
     structure = plan.structure
     bounds = []
-    for path, w, m in zip(plan.paths, weights, packed_leaves(state), strict=True):
+    for path, w, m in zip(plan.paths, weights, packed_masks(state.masks), strict=True):
         mask = masks.as_bool(m)
         if isinstance(structure, NM):
             views = _square(w), mask

@@ -19,6 +19,7 @@ from jaxprune.training._method import (
     arrays,
     mask_gradients,
     masked_view,
+    packed_masks,
     replace_masks,
     start,
 )
@@ -54,7 +55,7 @@ def regrowing(
             found = exchange(
                 target.plan(params).paths,
                 target.structure,
-                [masks.as_bool(m) for m in packed_leaves(state)],
+                [masks.as_bool(m) for m in packed_masks(state.masks)],
                 arrays(params),
                 score,
                 arrays(growth(grads, keys.at(step, state.own))),
@@ -115,13 +116,6 @@ def largest(
     """Masks of the largest weights among those that `found` keeps."""
     leaves = list(zip(weights, found, strict=True))
     return _prune.decide(plan, kept, _active_magnitude, leaves)
-
-
-def packed_leaves(state: MethodState) -> list[masks.PackedMask]:
-    """The masks of a state, in the order of the leaves."""
-    return jax.tree.leaves(
-        state.masks, is_leaf=lambda x: isinstance(x, masks.PackedMask)
-    )
 
 
 def check_drop(drop: float) -> None:

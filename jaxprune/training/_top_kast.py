@@ -1,22 +1,22 @@
 """Top-KAST: always sparse forward, a wider set backward (arXiv 2106.03517)."""
 
 from fractions import Fraction
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune import _prune, _tree, masks, scores
+from jaxprune import _prune, masks, scores
 from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation, exact
 from jaxprune.structures import NM, Structure, Unstructured
 from jaxprune.training import _target
+from jaxprune.training._dense import hold_others, map_learning
 from jaxprune.training._method import (
     Method,
     MethodState,
     advance,
     masked_view,
+    packed_masks,
     replace_masks,
     start,
 )
@@ -85,7 +85,11 @@ def top_kast(
 
     def init(params: PyTree) -> MethodState:
         learning = wider.first(params, score=score)
-        return start(forward.first(params, score=score), params, _pack(learning))
+        return start(
+            forward.first(params, score=score),
+            params,
+            packed_masks(masks.pack(learning)),
+        )
 
     def update(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
         step = state.step
@@ -96,7 +100,7 @@ def top_kast(
             if until is not None:
                 found = [
                     jnp.where(step >= until, masks.as_bool(a), b)
-                    for a, b in zip(_packed(state.masks), found, strict=True)
+                    for a, b in zip(packed_masks(state.masks), found, strict=True)
                 ]
             return state._replace(
                 own=[
@@ -113,27 +117,6 @@ def top_kast(
             pull = decay * jnp.where(masks.as_bool(used), w, scale * w)
             return jnp.where(masks.as_bool(learns), g + pull.astype(g.dtype), 0)
 
-        return _map(explore, grads, params, state.masks, state.own)
+        return map_learning(explore, grads, params, state)
 
-    return Method(init, update, gradients, _hold, masked_view, dense=True)
-
-
-def _hold(new: PyTree, state: MethodState, old: PyTree) -> PyTree:
-    """Weights outside the backward set stay where they are."""
-    return _map(
-        lambda x, y, _, learns: jnp.where(masks.as_bool(learns), x, y),
-        new, old, state.masks, state.own,
-    )  # fmt: skip
-
-
-def _map(f, tree: PyTree, other: PyTree, used: PyTree, own: list) -> PyTree:
-    learns = iter(own)
-    return _tree.map_leaves(lambda x, y, m: f(x, y, m, next(learns)), tree, other, used)
-
-
-def _pack(found: PyTree) -> list[masks.PackedMask]:
-    return _packed(masks.pack(found))
-
-
-def _packed(found: PyTree) -> list[Any]:
-    return jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, masks.PackedMask))
+    return Method(init, update, gradients, hold_others, masked_view, dense=True)

@@ -1,0 +1,79 @@
+"""One network for many tasks: a mask for each, and weights that earlier ones own."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxprune import _tree, masks
+from jaxprune._tree import PyTree
+from jaxprune.training._dense import hold_others, map_learning
+from jaxprune.training._method import (
+    Method,
+    MethodState,
+    advance,
+    masked_view,
+    packed_masks,
+    start,
+)
+
+
+def task(found: PyTree, *, earlier: Sequence[PyTree] = ()) -> Method:
+    """Trains a task under its own masks, and leaves what earlier tasks use as it is.
+
+    The forward pass sees the weights of this task's masks, shared ones among them. Only
+    those that no earlier task uses learn; all others keep their value to the bit, so that
+    earlier tasks answer as before. The weights are dense behind the mask: take
+    `jaxprune.sparse_params`, and for an old task `jaxprune.masks.apply(params, its masks)`.
+
+    Biases and other leaves without a mask are trained: freeze or split them by task, as
+    heads are. The masks come from any method that prunes and grows, such as
+    `jaxprune.rigl` run on the task; keep them packed (`jaxprune.masks.pack`), one tree a
+    task.
+
+    Args:
+      found: masks of this task, packed or not.
+      earlier: masks of the tasks before it.
+
+    Raises:
+      ValueError: if masks do not match the parameters.
+
+    Example:
+      >>> mask = {"kernel": jnp.array([[True, True], [False, False]])}
+      >>> used = {"kernel": jnp.array([[True, False], [False, False]])}
+      >>> tx = jp.masked(optax.sgd(1.0), jp.training.task(mask, earlier=[used]))
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> (updates["kernel"] != 0).tolist()
+      [[False, True], [False, False]]
+
+    References:
+      After Sokar et al., SpaceNet: Make Free Space For Continual Learning,
+      arXiv 2007.07617, and Yildirim et al., Continual Learning with Dynamic Sparse
+      Training, arXiv 2308.14831; how masks of new tasks are grown is up to the caller.
+    """
+
+    def init(params: PyTree) -> MethodState:
+        mine = _tree.map_leaves(lambda _, m: m, params, _bools(params, found))
+        taken = [_bools(params, m) for m in earlier]
+        learns = _tree.map_leaves(_without, mine, *taken)
+        own = packed_masks(masks.pack(learns))
+        return start(mine, params, own)
+
+    def gradients(grads: PyTree, state: MethodState, params: PyTree) -> PyTree:
+        return map_learning(
+            lambda g, _, __, learns: jnp.where(masks.as_bool(learns), g, 0),
+            grads, params, state,
+        )  # fmt: skip
+
+    return Method(init, advance, gradients, hold_others, masked_view, dense=True)
+
+
+def _bools(params: PyTree, found: PyTree) -> PyTree:
+    return masks.unpack(masks.check(params, found))
+
+
+def _without(mask: Array, *others: Array) -> Array:
+    for other in others:
+        mask = mask & ~other
+    return mask
