@@ -159,3 +159,49 @@ def test_bad_allocations(given_allocation, sparsity, words):
 
 def test_public_names():
     assert jp.allocation is allocation
+
+
+LAYERS = {"conv": (3, 3, 8, 16), "dense": (128, 64), "head": (64, 10), "tiny": (4, 2)}
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.7, 0.95])
+@pytest.mark.parametrize("rule", [jp.allocation.er, jp.allocation.water_filling])
+def test_budgets_are_met_exactly(rule, sparsity):
+    found = rule(LAYERS, sparsity)
+    sizes = {p: math.prod(s) for p, s in LAYERS.items()}
+    left = sum((1 - found[p]) * sizes[p] for p in LAYERS)
+    assert left == (1 - jp.allocation.exact(sparsity)) * sum(sizes.values())
+    assert all(0 <= s < 1 for s in found.values())
+
+
+def test_er_looks_at_the_last_two_axes_only():
+    """Densities below 1 are in proportion to (in + out) / (in * out)."""
+    found = jp.allocation.er({"conv": (3, 3, 8, 16), "dense": (32, 64)}, 0.9)
+    ratio = (1 - found["conv"]) / (1 - found["dense"])
+    assert ratio == Fraction(24, 128) / Fraction(96, 2048)
+
+
+def test_water_filling_solves_its_program():
+    """No exchange of weights between two leaves raises the sum of log densities."""
+    costs = {"conv": 5.0, "dense": 1.5, "head": 0.5, "tiny": 3.0}
+    found = jp.allocation.water_filling(LAYERS, 0.6, costs=costs)
+    spent = {p: (1 - found[p]) * Fraction(costs[p]) for p in costs}
+    assert sum(spent.values()) == Fraction(2, 5) * sum(map(Fraction, costs.values()))
+    free = {p: s for p, s in spent.items() if found[p] > 0}
+    # Unsaturated leaves spend the same; a saturated one would like to spend as much.
+    assert len(set(free.values())) == 1
+    level = next(iter(free.values()))
+    assert all(s <= level for s in spent.values())
+    assert len(free) < len(spent)
+
+
+def test_er_is_an_allocation_by_name():
+    params = {p: jnp.ones(s) for p, s in LAYERS.items()}
+    _, masks = jp.prune(params, 0.9, allocation="er")
+    sizes = sum(math.prod(s) for s in LAYERS.values())
+    assert jp.masks.count(masks).kept == sizes - math.floor(0.9 * sizes + 0.5)
+
+
+def test_costs_must_cover_the_leaves():
+    with pytest.raises(ValueError, match="costs: nothing above 0 for dense"):
+        jp.allocation.water_filling({"dense": (4, 4)}, 0.5, costs={"head": 1.0})

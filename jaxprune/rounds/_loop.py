@@ -1,6 +1,5 @@
 """Train, prune, rewind, and again: the loop that all methods in rounds share."""
 
-import math
 import os
 import pathlib
 from collections.abc import Callable
@@ -136,7 +135,7 @@ def _check(params: PyTree, masks: PyTree, number: int) -> None:
     for path, w, m in zip(paths, leaves, aligned, strict=True):
         if not _tree.is_hole(m) and (pruned := np.asarray(w)[~np.asarray(m)]).any():
             raise ValueError(
-                f"train: after round {number} {path} has {math.trunc(np.sum(pruned != 0))} "
+                f"train: after round {number} {path} has {np.count_nonzero(pruned)} "
                 "pruned weights that are not 0. Train with jaxprune.masked(optimizer, "
                 "masks), and return the parameters it updates."
             )

@@ -247,7 +247,7 @@ def _offset(values: Sequence[Array], mass: Array, beta: Array) -> Array:
         slope = sum(jnp.sum(m * (1 - m)) for m in masks)
         low, high = jnp.where(excess < 0, mu, low), jnp.where(excess < 0, high, mu)
         newton = mu - excess / jnp.where(slope > 0, slope, 1)
-        inside = (newton > low) & (newton < high) & (slope > 0)
+        inside = (newton >= low) & (newton <= high) & (slope > 0)
         return low, high, jnp.where(inside, newton, (low + high) / 2), excess, i + 1
 
     def unfinished(state):

@@ -1,0 +1,475 @@
+"""Every sparse training method on Fashion-MNIST, with the same training.
+
+An MLP 784-512-256-10 without biases and a small CNN; adamw with learning rate 1e-3 and
+weight decay 1e-4, batches of 128, 8 epochs (the CNN 4), seeds 0 to 2. All methods have
+their default settings, updates every 100 steps where they have a say, and the masks
+final after three quarters of the run. A run is a line of the results file, and a run
+that is there is not repeated: stop it whenever you like.
+
+    python benchmarks/sparse_training.py                    # runs what is missing
+    python benchmarks/sparse_training.py --only rigl gmp    # ... of some methods
+    python benchmarks/sparse_training.py --times            # time of steps against dense
+    python benchmarks/sparse_training.py --table            # prints the tables
+
+Expected before measuring, at 90 %: GMP and the other methods that start dense lead, within
+half a point of dense; RigL and GraNet >= SET >= static random, by a few tenths each, since
+the task is easy and the network wide; SNIP and SynFlow near static random, GraSP below;
+STE and SR-STE behind GMP, because Adam undoes the decay. At 98 % the gaps are several
+points. 2:4 costs nothing, 16 x 16 blocks cost a point. Steps without an update 1.0 to 1.05
+of dense; the STE family 1.25 when masks are decided every 20 steps.
+"""
+
+import argparse
+import itertools
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import fashion_mnist
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+import jaxprune as jp
+
+RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+RUNS = RESULTS / "sparse_training.jsonl"
+TIMES = RESULTS / "sparse_training_times.jsonl"
+SEEDS = (0, 1, 2)
+BATCH = 128
+SIZES = (784, 512, 256, 10)
+CHANNELS = (1, 16, 32, 64)
+EPOCHS = {"mlp": 8, "cnn": 4}
+
+
+class Case(NamedTuple):
+    """What is trained, and how sparse."""
+
+    model: str = "mlp"
+    sparsity: float = 0.9
+    allocation: str = "erk"
+    structure: str = "unstructured"
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.sparsity:.0%} {self.allocation} {self.structure}"
+
+
+STRUCTURES = {
+    "unstructured": jp.Unstructured(),
+    "2:4": jp.NM(2, 4),
+    "1:8": jp.NM(1, 8),
+    "1:16": jp.NM(1, 16),
+    "16x16": jp.Block(16, 16),
+}
+MAIN = Case()
+MORE = [
+    *(Case(sparsity=s) for s in (0.8, 0.95, 0.98)),
+    Case(allocation="uniform"),
+    Case(sparsity=0.5, allocation="uniform", structure="2:4"),
+    Case(allocation="uniform", structure="16x16"),
+    Case("cnn"),
+    Case("cnn", 0.95),
+]
+
+
+class Setup(NamedTuple):
+    """What a method is made from."""
+
+    case: Case
+    steps: int
+    key: Any
+    params: Any
+    loss: Callable
+    batch: Any
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Sparsity, structure and allocation, as every factory takes them."""
+        structure = STRUCTURES[self.case.structure]
+        return {
+            "sparsity": self.case.sparsity,
+            "structure": structure,
+            "allocation": self.case.allocation,
+        }
+
+    @property
+    def final(self) -> int:
+        """The step from which masks stand still."""
+        return self.steps * 3 // 4
+
+
+def masks_by(score: Callable[[Setup], Any], **options) -> Callable[[Setup], Any]:
+    """Masks that are drawn before training and stay."""
+
+    def make(setup: Setup) -> Any:
+        arguments = setup.common | options
+        return jp.prune(
+            setup.params, score=score(setup), where=where(setup.case), **arguments
+        )[1]
+
+    return make
+
+
+def synflow(setup: Setup) -> Any:
+    flow = lambda p: jp.scores.synflow(network(setup.case), p, jnp.ones((1, 28, 28)))  # noqa: E731
+    arguments = setup.common | {"allocation": "global"}
+    return jp.prune_in_rounds(
+        setup.params, score=flow, rounds=100, where=where(setup.case), **arguments
+    )[1]
+
+
+def random_search(setup: Setup) -> Any:
+    arguments = setup.common | {"structure": jp.Channel(), "allocation": "uniform"}
+    # Not the classes: a class without a neuron cannot be learnt.
+    return jp.rounds.random_search(
+        setup.loss, setup.params, arguments.pop("sparsity"), setup.batch,
+        key=setup.key, trials=50, where=["*", "!*_2/*"], **arguments,
+    ).masks  # fmt: skip
+
+
+def gmp(setup: Setup, **options) -> Any:
+    window = jp.schedules.window(setup.case.sparsity, setup.steps, every=100)
+    arguments = setup.common | {"sparsity": window} | options
+    return jp.gmp(**arguments)
+
+
+def leaky(setup: Setup) -> Any:
+    leak = jp.schedules.linear(0.0, 0, setup.final, initial=1.0)
+    return jp.mdgf(leak=leak, every=20, **setup.common)
+
+
+def neuroprune(setup: Setup) -> Any:
+    roles = jp.Roles(
+        mlp_in="dense_0/kernel", degree=["dense_1/kernel", "dense_2/kernel"]
+    )
+    return jp.neuroprune(
+        setup.case.sparsity, roles=roles, end=setup.final, every=20, begin=100
+    )
+
+
+def granet(setup: Setup, **options) -> Any:
+    return jp.granet(
+        end=setup.steps // 2, until=setup.final, every=100, **setup.common, **options
+    )
+
+
+METHODS: dict[str, Callable[[Setup], Any]] = {
+    "dense": lambda s: jp.static(0.0),
+    "static random": lambda s: jp.static(key=s.key, **s.common),
+    "SNIP": masks_by(
+        lambda s: jp.scores.snip(s.loss, s.params, s.batch), allocation="global"
+    ),
+    "GraSP": masks_by(
+        lambda s: jp.scores.grasp(s.loss, s.params, s.batch), allocation="global"
+    ),
+    "SynFlow": synflow,
+    "PreCrop": lambda s: jp.static(
+        key=s.key, **(s.common | {"allocation": jp.allocation.water_filling})
+    ),
+    "random search": random_search,
+    "SET": lambda s: jp.set_(key=s.key, end=s.final, **s.common),
+    "RigL": lambda s: jp.rigl(key=s.key, end=s.final, **s.common),
+    "GraNet": granet,
+    "GraNet s2s": lambda s: granet(s, initial=min(0.5, s.case.sparsity), key=s.key),
+    "GMP": gmp,
+    "GMP global": lambda s: gmp(s, allocation="global"),
+    "AC/DC": lambda s: jp.acdc(
+        begin=s.steps // 10, every=s.steps // 20, end=s.steps * 85 // 100, **s.common
+    ),
+    "Top-KAST": lambda s: jp.top_kast(
+        backward=s.case.sparsity - 0.1, until=s.final, **s.common
+    ),
+    "ISS-P": lambda s: jp.iss_p(end=s.final, every=20, **s.common),
+    "MaskSparsity": lambda s: jp.mask_sparsity(
+        begin=s.steps // 4, end=s.final, **s.common
+    ),
+    "NeuroPrune": neuroprune,
+    "CHTs": lambda s: jp.chts(
+        s.case.sparsity, key=s.key, end=s.final, allocation=s.case.allocation
+    ),
+    "CHTss": lambda s: jp.chts(
+        s.case.sparsity, key=s.key, end=s.final, allocation=s.case.allocation,
+        initial=0.5, settle=s.steps // 2,
+    ),
+    "STE": lambda s: jp.ste(every=20, **s.common),
+    "SR-STE": lambda s: jp.sr_ste(every=20, **s.common),
+    "MdGf": leaky,
+    "SdGf": lambda s: jp.sdgf(s.common["structure"], end=s.steps // 2, every=20),
+    "PDP": lambda s: jp.pdp(
+        begin=s.steps // 8, end=s.steps // 2, harden=s.final, every=20, **s.common
+    ),
+    "soft top-k": lambda s: jp.soft_top_k(
+        begin=0, end=s.steps // 5, harden=s.steps * 4 // 5, every=20, **s.common
+    ),
+    "SPDF": lambda s: jp.static(key=s.key, until=s.final, **s.common),
+}  # fmt: skip
+ONLY_NM = ("SdGf",)
+SIX = ("static random", "SET", "RigL", "GraNet", "GMP", "SR-STE")
+
+
+def plan() -> Iterator[tuple[str, Case, int]]:
+    """All runs, the most telling first."""
+    for seed in SEEDS:
+        yield from ((name, MAIN, seed) for name in METHODS if name not in ONLY_NM)
+    for case, seed in itertools.product(MORE, SEEDS):
+        if case.model != MAIN.model:
+            yield "dense", case, seed
+        yield from ((name, case, seed) for name in SIX)
+    for structure, seed in itertools.product(("1:8", "1:16"), SEEDS):
+        sparsity = 1 - 1 / int(structure[2:])
+        case = Case("mlp", sparsity, "uniform", structure)
+        yield from ((name, case, seed) for name in ("SR-STE", "MdGf", "SdGf", "GMP"))
+
+
+def where(case: Case) -> Any:
+    """Blocks leave out the last layer, which has ten columns."""
+    return None if case.structure != "16x16" else "!dense_2/*"
+
+
+def init(case: Case, seed: int) -> dict:
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
+    he = jax.nn.initializers.he_normal()
+    if case.model == "mlp":
+        shapes = {f"dense_{i}": s for i, s in enumerate(itertools.pairwise(SIZES))}
+    else:
+        shapes = {
+            f"conv_{i}": (3, 3, *s) for i, s in enumerate(itertools.pairwise(CHANNELS))
+        } | {"dense": (CHANNELS[-1], 10)}
+    return {name: {"kernel": he(next(keys), s)} for name, s in shapes.items()}
+
+
+def network(case: Case) -> Callable:
+    return mlp if case.model == "mlp" else cnn
+
+
+def mlp(params: dict, images: jax.Array) -> jax.Array:
+    x = images.reshape(len(images), -1)
+    x = jax.nn.relu(x @ params["dense_0"]["kernel"])
+    x = jax.nn.relu(x @ params["dense_1"]["kernel"])
+    return x @ params["dense_2"]["kernel"]
+
+
+def cnn(params: dict, images: jax.Array) -> jax.Array:
+    x = images[..., None]
+    for i, stride in enumerate((2, 2, 1)):
+        kernel = params[f"conv_{i}"]["kernel"]
+        x = lax.conv_general_dilated(
+            x, kernel, (stride, stride), "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+        x = jax.nn.relu(x)
+    return x.mean((1, 2)) @ params["dense"]["kernel"]
+
+
+class Trainer:
+    """A model, the optimizer of one method, and compiled training."""
+
+    def __init__(self, name: str, case: Case, seed: int, images, labels):
+        model = network(case)
+        self.data = jnp.asarray(images), jnp.asarray(labels)
+        self.steps_an_epoch = len(images) // BATCH
+        self.steps = EPOCHS[case.model] * self.steps_an_epoch
+        self.params = init(case, seed)
+
+        def loss(params, batch):
+            images, labels = batch
+            logits = model(params, images)
+            return optax.softmax_cross_entropy_with_integer_labels(
+                logits, labels
+            ).mean()
+
+        some = np.random.default_rng(seed).choice(len(images), 10 * BATCH, False)
+        setup = Setup(
+            case, self.steps, jax.random.key(100 + seed), self.params, loss,
+            tuple(x[some] for x in self.data),
+        )  # fmt: skip
+        method = METHODS[name](setup)
+        chosen = where(case) if isinstance(method, jp.training.Method) else None
+        adamw = optax.adamw(1e-3, weight_decay=1e-4)
+        self.tx = jp.masked(adamw, method, where=chosen)
+        self.opt_state = jax.jit(self.tx.init)(self.params)
+
+        def step(carry, places, data):
+            params, opt_state = carry
+            batch = tuple(x[places] for x in data)
+            grads = jax.grad(lambda p: loss(jp.sparse_params(p, opt_state), batch))(
+                params
+            )
+            updates, opt_state = self.tx.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        def many(carry, places, data):
+            return lax.scan(lambda c, p: step(c, p, data), carry, places)[0]
+
+        self.many = jax.jit(many)
+        self.one = jax.jit(lambda carry, places, data: step(carry, places, data)[0])
+        self.logits = jax.jit(model)
+
+    def epoch(self, order: np.ndarray) -> None:
+        carry = self.params, self.opt_state
+        for part in np.array_split(order, 4):
+            carry = self.many(carry, part, self.data)
+        self.params, self.opt_state = carry
+
+
+def orders(seed: int, examples: int) -> Iterator[np.ndarray]:
+    """Places of the examples of each batch, `[steps, batch]`, an epoch at a time."""
+    random = np.random.default_rng(seed)
+    steps = examples // BATCH // 4 * 4
+    while True:
+        yield random.permutation(examples)[: steps * BATCH].reshape(steps, BATCH)
+
+
+def run(name: str, case: Case, seed: int, data) -> dict:
+    images, labels = data["train"]
+    trainer = Trainer(name, case, seed, images, labels)
+    stream = orders(seed, len(images))
+    start = time.perf_counter()
+    for _ in range(EPOCHS[case.model]):
+        trainer.epoch(next(stream))
+    jax.block_until_ready(trainer.params)
+    seconds = time.perf_counter() - start
+    images, labels = data["test"]
+    seen = jp.sparse_params(trainer.params, trainer.opt_state)
+    right = np.asarray(trainer.logits(seen, images)).argmax(-1) == labels
+    masked = jp.get_masks(trainer.opt_state)
+    zeros = sum(
+        int((x == 0).sum())
+        for x, m in zip(jax.tree.leaves(seen), _leaves(masked), strict=True)
+        if m is not None
+    )
+    return {
+        "method": name, **case._asdict(), "seed": seed,
+        "accuracy": float(right.mean()),
+        "achieved": zeros / jp.masks.count(masked).total,
+        "seconds": seconds,
+    }  # fmt: skip
+
+
+def _leaves(masks) -> list:
+    return jax.tree.leaves(masks, is_leaf=lambda x: x is None)
+
+
+def times(name: str, case: Case, data, rounds: int = 40) -> dict:
+    """Steps against dense ones, turn by turn: median ratios with and without an update.
+
+    Each trainer starts in the middle of its run, where its masks still move.
+    """
+    pair = [Trainer(n, case, 0, *data["train"]) for n in (name, "dense")]
+    order = next(orders(0, len(data["train"][0])))
+    carries = [(t.params, t.opt_state) for t in pair]
+    begin = pair[0].steps // 3 // 100 * 100 - rounds
+    carries = [(p, _at_step(s, begin)) for p, s in carries]
+    for i, trainer in enumerate(pair):
+        carries[i] = jax.block_until_ready(
+            trainer.one(carries[i], order[0], trainer.data)
+        )
+    ratios: dict[bool, list[float]] = {True: [], False: []}
+    for places in order[1 : 2 * rounds + 1]:
+        spent = []
+        for i, trainer in enumerate(pair):
+            start = time.perf_counter()
+            carries[i] = jax.block_until_ready(
+                trainer.one(carries[i], places, trainer.data)
+            )
+            spent.append(time.perf_counter() - start)
+        changed = bool(carries[0][1].method.info.changed)
+        ratios[changed].append(spent[0] / spent[1])
+    out = {k: statistics.median(v) if v else float("nan") for k, v in ratios.items()}
+    return {"method": name, **case._asdict(), "plain": out[False], "update": out[True]}
+
+
+def _at_step(state, step: int):
+    return jax.tree.map(
+        lambda m: m._replace(step=jnp.int32(step)), state,
+        is_leaf=lambda x: isinstance(x, jp.training.MethodState),
+    )  # fmt: skip
+
+
+def table(rows: list[dict], timed: list[dict], case: Case) -> str:
+    """Mean and standard deviation over seeds."""
+    ratios = {r["method"]: r for r in timed if _case(r) == case}
+    lines = [
+        "| method | seeds | accuracy % | sparsity % | step / dense | updating step |",
+        "|---|---|---|---|---|---|",
+    ]
+    some = [r for r in rows if _case(r) == case]
+    names = sorted(
+        {r["method"] for r in some},
+        key=lambda n: (
+            -statistics.fmean(r["accuracy"] for r in some if r["method"] == n)
+        ),
+    )
+    for name in names:
+        mine = [r for r in some if r["method"] == name]
+        values = [100 * r["accuracy"] for r in mine]
+        spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+        achieved = 100 * statistics.fmean(r["achieved"] for r in mine)
+        ratio = ratios.get(name, {})
+        plain, update = (
+            f"{ratio[k]:.2f}" if ratio.get(k, float("nan")) == ratio.get(k) else "-"
+            for k in ("plain", "update")
+        )
+        lines.append(
+            f"| {name} | {len(mine)} | {statistics.fmean(values):.2f} ± {spread:.2f} | "
+            f"{achieved:.2f} | {plain} | {update} |"
+        )
+    return "\n".join(lines)
+
+
+def _case(row: dict) -> Case:
+    return Case(*(row[f] for f in Case._fields))
+
+
+def rows_of(path: pathlib.Path) -> list[dict]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def add(path: pathlib.Path, row: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(row, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data-dir", default=".data")
+    parser.add_argument("--times", action="store_true", help="time steps against dense")
+    parser.add_argument("--table", action="store_true", help="only print the tables")
+    parser.add_argument(
+        "--only", nargs="+", default=list(METHODS), help="these methods"
+    )
+    parser.add_argument("--model", nargs="+", default=list(EPOCHS), help="these models")
+    args = parser.parse_args()
+    # Seeds share programs, which take longer to compile than to run.
+    jax.config.update("jax_compilation_cache_dir", "build/compiled")
+    if args.times:
+        data = fashion_mnist.load(args.data_dir)
+        done = {(r["method"], _case(r)) for r in rows_of(TIMES)}
+        for name in METHODS:
+            case = MAIN if name not in ONLY_NM else MORE[4]
+            if name in args.only and (name, case) not in done and name != "dense":
+                add(TIMES, times(name, case, data))
+    elif not args.table:
+        data = fashion_mnist.load(args.data_dir)
+        done = {(r["method"], _case(r), r["seed"]) for r in rows_of(RUNS)}
+        for name, case, seed in plan():
+            wanted = name in args.only and case.model in args.model
+            if wanted and (name, case, seed) not in done:
+                add(RUNS, run(name, case, seed, data))
+    rows, timed = rows_of(RUNS), rows_of(TIMES)
+    for case in dict.fromkeys(map(_case, rows)):
+        print(f"\n### {case}\n\n{table(rows, timed, case)}")
+
+
+if __name__ == "__main__":
+    main()
