@@ -46,9 +46,12 @@ def loss(params, x, y):
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
-def compiled(tx, params, batch):
+def compiled(tx, params, batch, view):
     def step(params, state, batch):
-        grads = jax.grad(loss)(params, *batch)
+        def seen(params):
+            return loss(view(params, state), *batch)
+
+        grads = jax.grad(seen)(params)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -60,9 +63,9 @@ def compiled(tx, params, batch):
 class Variant:
     """One optimizer in training: a step, and the state that it has come to."""
 
-    def __init__(self, name, tx, params, batch):
+    def __init__(self, name, tx, params, batch, view=lambda params, state: params):
         self.name, self.batch = name, batch
-        self.program, state = compiled(tx, params, batch)
+        self.program, state = compiled(tx, params, batch, view)
         self.memory = self.program.memory_analysis().temp_size_in_bytes
         self.bytes = sum(x.nbytes for x in jax.tree.leaves(state))
         self.params, self.state = jax.tree.map(jnp.copy, (params, state))
@@ -101,22 +104,37 @@ def variants(params, batch, rounds):
                       params, batch)  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=31)
-    rounds = parser.parse_args().rounds
+def setting():
+    """Parameters and a batch."""
     key = jax.random.key(0)
-    params = model(key)
     batch = (
         jax.random.normal(key, (BATCH, WIDTHS[0])),
         jax.random.randint(key, (BATCH,), 0, WIDTHS[-1]),
     )
-    found = list(variants(params, batch, rounds))
+    return model(key), batch
+
+
+def take_turns(found, rounds):
+    """Runs all variants in random order; ratios to the first, round by round."""
     order = random.Random(0)
     for _ in range(rounds + 2):
         # In another order each time: what ran before leaves its mark on the caches.
         for variant in order.sample(found, len(found)):
             variant.run()
+    plain = found[0].seconds
+    return {
+        v.name: [a / b for a, b in zip(v.seconds, plain, strict=True)][2:]
+        for v in found
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=31)
+    rounds = parser.parse_args().rounds
+    params, batch = setting()
+    found = list(variants(params, batch, rounds))
+    turns = take_turns(found, rounds)
     plain = found[0]
     size = sum(x.size for x in jax.tree.leaves(params))
     print(f"{size / 1e6:.2f} M parameters, {rounds} rounds, jax {jax.__version__}, "
@@ -127,8 +145,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     ratios = {}
     for variant in found:
-        pairs = [a / b for a, b in zip(variant.seconds, plain.seconds, strict=True)][2:]
-        low, middle, high = statistics.quantiles(pairs, n=4)
+        low, middle, high = statistics.quantiles(turns[variant.name], n=4)
         ratios[variant.name] = middle
         extra = 8 * (variant.bytes - plain.bytes) / size
         print(f"| {variant.name} | {middle:.3f} | {low:.3f} - {high:.3f} | "

@@ -275,7 +275,7 @@ def table(rows: list[dict], timed: list[dict]) -> str:
             f"{mean(some, 'degree_deviation'):.1f} | {mean(some, 'kept_mean'):.4f} | "
             f"{mean(some, 'heads'):.1f} | "
             f"{mean(some, 'neurons'):.0f} | "
-            f"{ratios.get(arm, float('nan')):.2f} | "
+            f"{f'{ratios[arm]:.2f}' if arm in ratios else '-'} | "
             f"{mean(some, 'inference_ratio'):.2f} |"
         )
     return "\n".join(lines)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
-from jaxprune import _prune, _wide, masks, schedules
+from jaxprune import _prune, _wide, masks, schedules, scores
 from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation, exact
 from jaxprune.structures import Unstructured
@@ -174,6 +174,8 @@ def ch2_l3n(
     Args:
       mask: the links of a layer; leading axes hold layers of their own.
 
+    On a mesh the masks, and the products made of them, are gathered on every device.
+
     Returns:
       Scores, float32; 0 for links that are there, or that no path speaks for.
 
@@ -185,12 +187,16 @@ def ch2_l3n(
     References:
       Zhang et al., arXiv 2501.19107, Eq. (3) and Algorithm 1; as in the authors' code.
     """
+    sharding = jax.typeof(mask).sharding
+    explicit = any(s is not None for s in getattr(sharding, "spec", ()))
     links = mask.astype(jnp.float32)
-    flipped = jnp.swapaxes(links, -1, -2)
-    scores = _weights_of_pairs(links) @ links + links @ jnp.swapaxes(
-        _weights_of_pairs(flipped), -1, -2
-    )
-    return jnp.where(mask, 0, scores)
+    if explicit:
+        links = jax.sharding.reshard(links, jax.P(*(None,) * mask.ndim))
+    inner, outer = (_weights_of_pairs(x) for x in (links, jnp.swapaxes(links, -1, -2)))
+    paths = inner @ links + links @ jnp.swapaxes(outer, -1, -2)
+    if explicit:
+        paths = jax.sharding.reshard(paths, sharding)
+    return jnp.where(mask, 0, paths)
 
 
 def _weights_of_pairs(links: Array) -> Array:
@@ -221,10 +227,8 @@ def _relative(w: Array, mask: Bool[Array, "..."]) -> Array:
 
 
 def _gumbels(key: Key[Array, ""], weights: list[Array]) -> list[Array]:
-    return [
-        jax.random.gumbel(jax.random.fold_in(key, i), w.shape)
-        for i, w in enumerate(weights)
-    ]
+    drawn = scores.random(weights, key=key)
+    return [-jnp.log(-jnp.log(jnp.maximum(u, 1e-9))) for u in drawn]
 
 
 def _keep_best(plan, kept, scores, found) -> list[Bool[Array, "..."]]:

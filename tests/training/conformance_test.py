@@ -511,6 +511,13 @@ def test_leaves_without_mask_train_as_without_the_method(case, history):
             np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
 
 
+def test_nothing_is_sorted(case, history):
+    params, state = case.params(), history.moments[-1].state
+    program = jax.jit(history.tx.update).lower(params, state, params).as_text()
+    assert "stablehlo" in program and "sort" not in program
+    assert "top_k" not in program
+
+
 def test_eager_equals_jit(history):
     before, after = history.moments[BEGIN : BEGIN + 2]
     params, state = jax.tree.map(jnp.asarray, (before.params, before.state))

@@ -41,6 +41,12 @@ METHODS = {
     "gmp-nm": jp.gmp(0.5, structure=jp.NM(2, 4), **RAMP),
     "gmp-block": jp.gmp(0.5, structure=jp.Block(4, 4), **RAMP),
     "gmp-channel": jp.gmp(0.5, structure=jp.Channel(), **RAMP),
+    "rigl": jp.rigl(0.5, key=jax.random.key(0), allocation="uniform", every=1, **RAMP),
+    "set-nm": jp.set_(
+        structure=jp.NM(2, 4), key=jax.random.key(0), allocation="uniform", every=1
+    ),
+    "top_kast": jp.top_kast(0.5, backward=0.25, every=1),
+    "pdp": jp.pdp(0.5, harden=5, allocation="uniform", **RAMP),
     "neuroprune": jp.neuroprune(
         0.5, roles=jp.Roles(mlp_in="*/kernel"), end=1, every=1, reading="inverse"
     ),
@@ -142,6 +148,22 @@ def test_a_mesh_gives_the_masks_of_one_device(name, kind):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
         updates, plain_updates,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MESHES)
+def test_topology_on_a_mesh(kind):
+    """CHTs gathers masks for its products; nothing else moves, and masks are the same."""
+    layout = {"kernel": ((64, 32), P("data", "model"))}
+    plain = make_params(layout)
+    tx = jp.masked(optax.sgd(0.1), jp.chts(0.5, key=jax.random.key(0), end=9, every=1))
+    run = jax.jit(functools.partial(step, tx))
+    _, expected = run(plain, jax.jit(tx.init)(plain))
+    params = place(plain, layout, kind)
+    _, state = run(params, initialise(tx, params, kind))
+    check_shardings(jp.get_masks(state), params)
+    jax.tree.map(
+        np.testing.assert_array_equal, jp.get_masks(state), jp.get_masks(expected)
+    )
 
 
 @pytest.mark.parametrize("kind", MESHES)
