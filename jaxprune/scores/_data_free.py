@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import core
 from jaxtyping import Array, Float, Key
 
 from jaxprune import _tree
@@ -84,7 +85,11 @@ def _saliency(w: Float[Array, "..."], g: Float[Array, "..."]) -> Float[Array, ".
 
 
 def _draw(key: Key[Array, ""], x: Array) -> Float[Array, "..."]:
-    # `out_sharding` keeps the draws where the weights are on an explicit mesh.
+    """Draws that lie on the devices as `x` does."""
+    if not isinstance(x, core.Tracer) and getattr(x, "committed", False):
+        # On an auto mesh only the array itself knows where it lies.
+        draw = jax.jit(jax.random.uniform, static_argnums=1, out_shardings=x.sharding)
+        return draw(key, x.shape)
     sharding = jax.typeof(x).sharding
     explicit = any(s is not None for s in getattr(sharding, "spec", ()))
     options = {"out_sharding": sharding} if explicit else {}

@@ -191,7 +191,8 @@ def ch2_l3n(
     explicit = any(s is not None for s in getattr(sharding, "spec", ()))
     links = mask.astype(jnp.float32)
     if explicit:
-        links = jax.sharding.reshard(links, jax.P(*(None,) * mask.ndim))
+        whole = jax.P(*(None,) * mask.ndim)
+        links = jax.sharding.reshard(links, jax.NamedSharding(sharding.mesh, whole))
     inner, outer = (_weights_of_pairs(x) for x in (links, jnp.swapaxes(links, -1, -2)))
     paths = inner @ links + links @ jnp.swapaxes(outer, -1, -2)
     if explicit:

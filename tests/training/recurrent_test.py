@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.extend.core import jaxprs_in_params
 
 import jaxprune as jp
 
@@ -20,7 +21,7 @@ def lstm():
 def bodies(jaxpr):
     """The jaxprs of all scans inside."""
     for eqn in jaxpr.eqns:
-        for inner in jax.core.jaxprs_in_params(eqn.params):
+        for inner in jaxprs_in_params(eqn.params):
             if eqn.primitive.name == "scan":
                 yield inner
             yield from bodies(inner)
@@ -29,7 +30,7 @@ def bodies(jaxpr):
 def primitives(jaxpr):
     for eqn in jaxpr.eqns:
         yield eqn.primitive.name
-        for inner in jax.core.jaxprs_in_params(eqn.params):
+        for inner in jaxprs_in_params(eqn.params):
             yield from primitives(inner)
 
 
