@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax import core
 from jaxtyping import Array, Bool
 
@@ -190,9 +191,8 @@ def prune_in_rounds(
 ) -> tuple[PyTree, PyTree]:
     """Prunes in many rounds, and scores anew what each of them leaves.
 
-    The density after round `i` of `n` is that of the end to the power `i / n`. Every
-    round decides among all weights; those pruned before are 0 and come back only if
-    their score says so, as it cannot with `|w ...|`.
+    The density after round `i` of `n` is that of the end to the power `i / n`. Weights
+    that a round prunes do not come back.
 
     Args:
       params: a tree of arrays.
@@ -200,14 +200,15 @@ def prune_in_rounds(
       score: gives a tree of scores from the parameters, pruned ones at 0.
       rounds: how many; 100 for SynFlow.
       structure: what is kept or pruned as one.
-      allocation: how sparsity is divided among leaves; see `prune`.
+      allocation: how sparsity is divided among leaves, not as a mapping; see `prune`.
       where: which leaves may be pruned; see `prune`.
 
     Returns:
       The pruned parameters and the masks.
 
     Raises:
-      ValueError: as `prune`; and if `rounds` is below 1.
+      ValueError: as `prune`; and if `rounds` is below 1, or the allocation is a mapping,
+        which would prune all in the first round.
 
     Example:
       >>> params = {"up": jnp.array([[1.0, -2.0]]), "down": jnp.array([[3.0], [0.5]])}
@@ -223,17 +224,32 @@ def prune_in_rounds(
     """
     if rounds < 1:
         raise ValueError(f"rounds: got {rounds}; expected at least 1.")
+    refuse_mapping(allocation)
     final = allocations.exact(sparsity)
     score = jax.jit(score)
-    masks: PyTree = None
+    masks = jax.tree.map(lambda x: None, params)
     for i in range(1, rounds + 1):
         density = float(1 - final) ** (i / rounds)
         now = final if i == rounds else Fraction(1 - density)
+        scored = jax.tree.map(
+            lambda m, s: s if m is None else jnp.where(m, s, -jnp.inf),
+            masks, score(params), is_leaf=lambda m: m is None,
+        )  # fmt: skip
         params, masks = prune(
-            params, now, score=score(params), structure=structure,
+            params, now, score=scored, structure=structure,
             allocation=allocation, where=where,
         )  # fmt: skip
     return params, masks
+
+
+def refuse_mapping(allocation: Allocation) -> None:
+    """Raises `ValueError` for sparsities by path, where a method varies the sparsity."""
+    if isinstance(allocation, Mapping):
+        raise ValueError(
+            f"allocation: got {dict(allocation)}; expected 'uniform', 'global', 'er', 'erk' "
+            "or a function of shapes and sparsity, since the sparsity here is not the same "
+            "throughout and a mapping would fix it."
+        )
 
 
 def _program(plan: Plan, score: Score, shardings: tuple) -> Callable:

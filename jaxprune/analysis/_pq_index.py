@@ -23,7 +23,8 @@ def pq_index(
       q: the larger norm.
 
     Returns:
-      A number in [0, 1), float32; 0 where there is nothing to measure.
+      A number in [0, 1), float32; 0 where there is nothing to measure, NaN where a weight
+      is not finite.
 
     Raises:
       ValueError: unless 0 < p < q.
@@ -46,7 +47,9 @@ def pq_index(
         sizes = jnp.where(mask, sizes, 0)
         count = jnp.sum(mask, dtype=jnp.float32)
     largest = jnp.max(sizes, initial=0)
-    sizes = sizes / jnp.where(largest > 0, largest, 1)  # no power overflows
-    small, large = (jnp.sum(sizes**x) ** (1 / x) for x in (p, q))
-    index = 1 - jnp.maximum(count, 1) ** (1 / q - 1 / p) * small / large
-    return jnp.where((count > 0) & (largest > 0), jnp.maximum(index, 0), 0)
+    sizes = sizes / jnp.where(largest == 0, 1, largest)
+    # Means in place of sums take the power of d with them, and overflow nowhere.
+    count = jnp.maximum(count, 1)
+    small, large = ((jnp.sum(sizes**x) / count) ** (1 / x) for x in (p, q))
+    index = 1 - small / jnp.where(largest == 0, 1, large)
+    return jnp.where(largest == 0, 0, jnp.maximum(index, 0))

@@ -27,7 +27,7 @@ class Sensitivity(NamedTuple):
         """A table of losses, the most sensitive leaf first."""
         order = sorted(self.losses, key=lambda p: -self.losses[p][-1])
         width = max(len(p) for p in (*order, "dense"))
-        head = "  ".join(f"{s:>9.0%}" for s in self.sparsities)
+        head = "  ".join(f"{f'{100 * s:.4g}%':>9}" for s in self.sparsities)
         lines = [f"{'leaf':<{width}}  {head}"]
         for path in order:
             cells = "  ".join(f"{x:>9.4g}" for x in self.losses[path])

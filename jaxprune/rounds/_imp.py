@@ -65,6 +65,7 @@ def imp(
       section 3.
     """
     left = 1 - exact(rate, "rate")
+    _prune.refuse_mapping(allocation)
 
     def choose(found: PyTree, masks: PyTree, number: int) -> PyTree:
         return _prune.prune(
@@ -79,6 +80,7 @@ def imp(
     return run(
         train, params, choose,
         rounds=rounds, rewind=rewind, where=where, directory=directory,
+        settings={"rate": rate, "structure": structure, "allocation": allocation},
     )  # fmt: skip
 
 

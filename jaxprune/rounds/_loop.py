@@ -1,9 +1,11 @@
 """Train, prune, rewind, and again: the loop that all methods in rounds share."""
 
+import json
 import os
 import pathlib
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +36,8 @@ class Rounds(NamedTuple):
     Attributes:
       params: as trained in the last round, pruned weights at 0.
       masks: of the last round.
-      start: the weights that each round started from, dense.
+      start: the weights that each round was rewound to, dense; without rewinding those
+        that the first one started from.
       sparsities: share of pruned weights in each round; 0 in the first.
     """
 
@@ -53,6 +56,7 @@ def run(
     rewind: int | None,
     where: _tree.Where,
     directory: str | os.PathLike[str] | None,
+    settings: Mapping[str, Any],
 ) -> Rounds:
     """Trains densely, then prunes and trains again in each round.
 
@@ -66,12 +70,14 @@ def run(
         trained.
       where: which leaves are pruned.
       directory: where each round is saved, and found again after a stop.
+      settings: further arguments that must be the same then.
     """
     if rounds < 1:
         raise ValueError(f"rounds: got {rounds}; expected at least 1.")
     if rewind is not None and rewind < 0:
         raise ValueError(f"rewind: got {rewind}; expected a step, or None.")
-    folder = None if directory is None else pathlib.Path(directory)
+    settings = dict(settings) | {"rewind": rewind, "where": where}
+    folder = open_folder(directory, params, settings)
     masks = _tree.map_leaves(
         lambda x: jnp.ones_like(x, bool), _tree.select(params, where)
     )
@@ -82,9 +88,9 @@ def run(
             return params
         return train(_copy(params), masks, start=0, stop=begin)
 
-    start = _kept(folder, "start", params, rewound)
+    start = kept(folder, "start", params, rewound)
     everything = masks
-    found = _kept(
+    found = kept(
         folder,
         "round_0",
         params,
@@ -95,7 +101,7 @@ def run(
         masks = _bools(choose(found, masks, i), masks)
         first = found if rewind is None else start
         begun = mask_trees.apply(first, masks)
-        found = _kept(
+        found = kept(
             folder,
             f"round_{i}",
             params,
@@ -106,7 +112,41 @@ def run(
     return Rounds(found, masks, start, tuple(sparsities))
 
 
-def _kept(folder: pathlib.Path | None, name: str, like: PyTree, make) -> PyTree:
+def open_folder(
+    directory: str | os.PathLike[str] | None,
+    params: PyTree,
+    settings: Mapping[str, Any],
+) -> pathlib.Path | None:
+    """The folder of a loop, whose settings are those that it was begun with.
+
+    Raises:
+      ValueError: naming what differs.
+    """
+    if directory is None:
+        return None
+    folder = pathlib.Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [
+        f"{p} {np.shape(x)}" for p, x in zip(*_tree.flatten(params)[:2], strict=True)
+    ]
+    sums = [zlib.crc32(np.asarray(x).tobytes()) for x in jax.tree.leaves(params)]
+    now = {k: repr(v) for k, v in settings.items()} | {"params": repr((names, sums))}
+    path = folder / "settings.json"
+    if not path.exists():
+        path.write_text(json.dumps(now))
+        return folder
+    then = json.loads(path.read_text())
+    for name in {**then, **now}:
+        if then.get(name) != now.get(name):
+            shown = "other values" if name == "params" else then.get(name)
+            raise ValueError(
+                f"{name}: {folder} was begun with {shown}. Go on with the same arguments, or "
+                "choose another directory."
+            )
+    return folder
+
+
+def kept(folder: pathlib.Path | None, name: str, like: PyTree, make) -> PyTree:
     """What `make` gives, or what it gave before the process was stopped."""
     if folder is None:
         return make()

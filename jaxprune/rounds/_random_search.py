@@ -44,7 +44,9 @@ def random_search(
 
     A baseline for any method that picks masks before training: the paper finds that what
     it picks trains no better than a random mask, which is `trials=1`. How many trials and
-    which data the author used could not be found; here the caller says.
+    which data the author used could not be found; here the caller says. Leave out the last
+    layer, as in `where="!head/*"`: a class without its neuron cannot be learnt. Biases are
+    not pruned.
 
     Args:
       loss: `loss(params, *args)` gives a number.
@@ -61,7 +63,7 @@ def random_search(
       The masked parameters, the masks and all losses.
 
     Raises:
-      ValueError: if a value is out of range.
+      ValueError: if a value is out of range, or no loss is finite.
 
     Example:
       >>> params = {"kernel": jnp.array([[3.0, -1.0], [0.5, 2.0]])}
@@ -89,5 +91,10 @@ def random_search(
 
     keys = jax.random.split(key, trials)
     losses = jax.jit(lambda keys: jax.lax.map(lose, keys))(keys)
+    if not jnp.isfinite(losses).any():
+        raise ValueError(
+            "loss: gives NaN or infinity for every mask that was drawn. Check the loss of "
+            "the dense parameters first."
+        )
     found = draw(keys[jnp.nanargmin(losses)])
     return Found(mask_trees.apply(params, found), found, losses)

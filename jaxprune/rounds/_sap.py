@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Literal
 
 import jax
@@ -84,9 +85,14 @@ def sap(
         """How many of the weights that are left stay."""
         left = int(jnp.sum(mask))
         index = float(analysis.pq_index(w, mask, p=p, q=q))
+        if math.isnan(index):
+            raise ValueError(
+                "train: gives weights that are NaN or infinite, whose PQ Index is none."
+            )
         bound = left * (1 + eta) ** (-q / (q - p)) * (1 - index) ** (p * q / (q - p))
-        share = min(gamma * (1 - math.ceil(bound) / max(left, 1)), beta)
-        return left - math.floor(left * max(share, 0.0))
+        # As fractions: rounded products would prune one too few now and then.
+        goes = Fraction(str(gamma)) * max(left - math.ceil(bound), 0)
+        return left - math.floor(min(goes, Fraction(str(beta)) * left))
 
     def choose(found: PyTree, masks: PyTree, number: int) -> PyTree:
         del number
@@ -102,6 +108,7 @@ def sap(
     return run(
         train, params, choose,
         rounds=rounds, rewind=rewind, where=where, directory=directory,
+        settings={"p": p, "q": q, "eta": eta, "gamma": gamma, "beta": beta, "scope": scope},
     )  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """Sparse model soups: averages of replicas that share a mask (arXiv 2306.16788)."""
 
 import os
-import pathlib
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Protocol
@@ -15,7 +14,7 @@ from jaxprune import masks as mask_trees
 from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation, exact
 from jaxprune.rounds._imp import remaining_magnitudes
-from jaxprune.rounds._loop import Rounds, _kept
+from jaxprune.rounds._loop import Rounds, kept, open_folder
 from jaxprune.structures import Structure, Unstructured
 
 
@@ -89,8 +88,13 @@ def sparse_model_soups(
         raise ValueError(
             f"replicas, rounds: got {replicas}, {rounds}; expected at least 1 of each."
         )
+    _prune.refuse_mapping(allocation)
     density = float(1 - exact(sparsity))
-    folder = None if directory is None else pathlib.Path(directory)
+    folder = open_folder(directory, params, {
+        "sparsity": sparsity, "key": jax.random.key_data(key).tolist(),
+        "replicas": replicas, "rounds": rounds, "greedy": evaluate is not None,
+        "structure": structure, "allocation": allocation, "where": where,
+    })  # fmt: skip
     retrain = jax.jit(jax.vmap(train, (None, None, 0)))
     masks = _tree.map_leaves(
         lambda x: jnp.ones_like(x, bool), _tree.select(params, where)
@@ -108,9 +112,11 @@ def sparse_model_soups(
         def cook(begun=begun, masks=masks, keys=keys):
             many = retrain(begun, masks, keys)
             tastes = [jax.tree.map(lambda x, j=j: x[j], many) for j in range(replicas)]
-            return soup(_greedy(tastes, evaluate) if evaluate else tastes, masks=masks)
+            if evaluate:
+                tastes = _greedy(tastes, masks, evaluate)
+            return soup(tastes, masks=masks)
 
-        soup_of_all = _kept(folder, f"round_{i}", params, cook)
+        soup_of_all = kept(folder, f"round_{i}", params, cook)
         sparsities.append(mask_trees.sparsity(masks))
     return Rounds(soup_of_all, masks, params, tuple(sparsities))
 
@@ -181,12 +187,12 @@ def _outside(model: PyTree, masks: PyTree) -> list[tuple[str, int]]:
     return [(p, n) for p, n in found if n]
 
 
-def _greedy(models: list[PyTree], evaluate: Callable[[PyTree], float]) -> list[PyTree]:
+def _greedy(models: list[PyTree], masks: PyTree, evaluate) -> list[PyTree]:
     values = [float(evaluate(m)) for m in models]
     order = sorted(range(len(models)), key=lambda i: -values[i])
     chosen, best = [models[order[0]]], values[order[0]]
     for i in order[1:]:
-        value = float(evaluate(soup([*chosen, models[i]])))
+        value = float(evaluate(soup([*chosen, models[i]], masks=masks)))
         if value >= best:
             chosen, best = [*chosen, models[i]], value
     return chosen

@@ -20,7 +20,8 @@ def snip(loss: Loss, params: PyTree, *batches: Any) -> PyTree:
     Args:
       loss: `loss(params, batch)` gives a number.
       params: a tree of arrays.
-      *batches: one or several; `loss(params)` is called where there is none.
+      *batches: one or several, each handed to the loss as one argument: `(x, y)` is one
+        batch, `x, y` are two. `loss(params)` is called where there is none.
 
     Returns:
       Scores of the same structure, in at least float32. Higher is kept.
@@ -51,7 +52,8 @@ def grasp(loss: Loss, params: PyTree, *batches: Any) -> PyTree:
       loss: `loss(params, batch)` gives a number. The authors divide the logits by a
         temperature of 200 in it.
       params: a tree of arrays.
-      *batches: one or several; `loss(params)` is called where there is none.
+      *batches: one or several, each handed to the loss as one argument: `(x, y)` is one
+        batch, `x, y` are two. `loss(params)` is called where there is none.
 
     Returns:
       Scores of the same structure, in at least float32. Higher is kept.
@@ -76,7 +78,8 @@ def grasp(loss: Loss, params: PyTree, *batches: Any) -> PyTree:
 
     def turn(floats, *batch):
         gradient = jax.grad(lambda p: on_floats(p, *batch))
-        return jax.jvp(gradient, (floats,), (grads,))[1]
+        along = [g.astype(x.dtype) for g, x in zip(grads, floats, strict=True)]
+        return jax.jvp(gradient, (floats,), (along,))[1]
 
     curved = _sum(turn, floats, batches)
     products = jax.tree.map(lambda w, h: _wide(w) * _wide(h), floats, curved)
@@ -122,9 +125,9 @@ def synflow(fn: Callable[..., Any], params: PyTree, *args: Any) -> PyTree:
 def _sum(f: Callable[..., PyTree], params: PyTree, batches: tuple) -> PyTree:
     if not batches:
         return f(params)
-    total = f(params, batches[0])
+    total = jax.tree.map(_wide, f(params, batches[0]))
     for batch in batches[1:]:
-        total = jax.tree.map(jnp.add, total, f(params, batch))
+        total = jax.tree.map(lambda a, b: a + _wide(b), total, f(params, batch))
     return total
 
 

@@ -43,7 +43,8 @@ def chts(
 ) -> Method:
     """Regrows links where the network's own topology predicts them, without gradients.
 
-    Each update removes a share of a layer's links and grows as many. What stays is drawn
+    Each update removes a share of each leaf's links (with `"global"`, of all together)
+    and grows as many. What stays is drawn
     with probabilities proportional to `score**T`, and what grows with probabilities
     proportional to the link's CH2-L3n score (`ch2_l3n`); links just removed may grow
     again. `T` rises on a straight line, so that removal goes from explorative to almost
@@ -105,7 +106,12 @@ def chts(
         )
     final = exact(sparsity)
     decay = schedules.sigmoid(0.0, begin, last, every)
-    first = final if initial is None else exact(initial, "initial")
+    first = None if initial is None else exact(initial, "initial")
+    if first is not None and first > final:
+        raise ValueError(
+            f"initial: got {initial}; expected at most sparsity={sparsity}: the density "
+            "falls from the initial to the final one."
+        )
     target = _target.Target(decay, first, final, Unstructured(), allocation)
     exchanged = schedules.cosine(0.0, begin, end, every, drop)
     sharpness = schedules.linear(temperature[1], begin, end, every, temperature[0])
@@ -143,7 +149,9 @@ def chts(
                     strict=True,
                 )
             ]
-            found = _keep_best(plan, stay, links, found)
+            left = _keep_best(plan, stay, links, found)
+            # NaN ranks below what is pruned: nothing may stay that was not there.
+            found = [a & b for a, b in zip(left, found, strict=True)]
             grown = [
                 _growth(m, noise)
                 for m, noise in zip(found, _gumbels(growing, weights), strict=True)
@@ -212,8 +220,8 @@ def _weights_of_pairs(links: Array) -> Array:
 def _growth(mask: Bool[Array, "..."], noise: Array) -> Array:
     """Logarithms of the probabilities of growth, with Gumbel noise."""
     scores = ch2_l3n(mask)
-    # Where paths speak for too few links, the others get a small chance.
-    scores = scores + jnp.where(jnp.min(jnp.where(mask, 1, scores)) > 0, 0, 1e-5)
+    # Links that no path speaks for get a small chance, lest there be too few.
+    scores = scores + jnp.where(jnp.min(scores, where=~mask, initial=1) > 0, 0, 1e-5)
     return jnp.log(scores) + noise
 
 

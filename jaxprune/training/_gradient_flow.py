@@ -56,7 +56,7 @@ def mdgf(
       allocation: how sparsity is divided among leaves; see `jaxprune.prune`.
 
     Raises:
-      ValueError: if a value is out of range.
+      ValueError: if a value is out of range, or `leak` does not start at 1.
       TypeError: if `leak` is no schedule.
 
     Example:
@@ -71,6 +71,11 @@ def mdgf(
         raise TypeError(
             f"leak: got {leak!r}; expected a schedule, such as "
             "jaxprune.schedules.linear(0.0, begin=0, end=5000, initial=1.0)."
+        )
+    if leak.initial != 1 or not 0 <= leak.final <= 1:
+        raise ValueError(
+            f"leak: goes from {float(leak.initial):g} to {float(leak.final):g}; expected from "
+            "1 to a value in [0, 1]. Give initial=1.0 to the schedule."
         )
     target = _target.fixed(sparsity, structure, allocation, every=every)
     return behind_mask(target, score, view=leaky_view, own=leak)

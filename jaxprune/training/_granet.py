@@ -51,8 +51,8 @@ def granet(
     those just pruned among them. So the counts are those of `jaxprune.gmp`. The share
     falls from `drop` to 0.005 on half a cosine from `begin` to `until`.
 
-    Sparse to sparse: `initial=0.5` with a key begins with random masks, there with
-    `allocation="erk"` in the paper.
+    Sparse to sparse: `initial=0.5` with a key begins with random masks. The paper divides
+    those by ERK and prunes globally after that; here one allocation serves for both.
 
     Args:
       sparsity: at the end, in [0, 1), or a `Schedule`, which then holds begin, end, every

@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -75,7 +76,7 @@ def iss_p(
         target.plan(params)  # a leaf that does not fit is refused here
         everything = _target.scaffold(params, _ones(params))
         state = start(everything, params)
-        return state._replace(own=packed_masks(state.masks))
+        return state._replace(own=jax.tree.map(jnp.copy, packed_masks(state.masks)))
 
     def update(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
         step = state.step

@@ -3,6 +3,7 @@
 from fractions import Fraction
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -16,6 +17,7 @@ from jaxprune.training._method import (
     MethodState,
     advance,
     arrays,
+    finite,
     masked_view,
     packed_masks,
     replace_masks,
@@ -26,7 +28,7 @@ from jaxprune.training._method import (
 def mask_sparsity(
     sparsity: float | Fraction | None = None,
     *,
-    begin: int = 0,
+    begin: int,
     end: int,
     strength: float = 5e-4,
     penalty: Literal["l1", "l2"] = "l1",
@@ -42,11 +44,12 @@ def mask_sparsity(
 
     In the paper the weights are the scales of batch normalisation, one a channel:
     `where="*/scale"`; there the mask comes from an earlier run, in which all scales were
-    penalised, and may be any.
+    penalised, and may be any. A channel whose scale is 0 still puts out its bias.
 
     Args:
       sparsity: share of the weights to prune; may be left out with `NM`.
-      begin: step at which the mask is chosen.
+      begin: step at which the mask is chosen; late enough that the weights say something:
+        scales of a fresh network are all 1, and ties go to the lower index.
       end: step at which it is applied.
       strength: of the penalty; the authors' value for ImageNet. It goes through the
         inner optimizer like any gradient.
@@ -59,7 +62,7 @@ def mask_sparsity(
       ValueError: if a value is out of range.
 
     Example:
-      >>> method = jp.mask_sparsity(0.5, end=5000)
+      >>> method = jp.mask_sparsity(0.5, begin=1000, end=5000)
       >>> tx = jp.masked(optax.sgd(0.1), method, where="*/scale")
 
     References:
@@ -78,7 +81,7 @@ def mask_sparsity(
         target.plan(params)  # a leaf that does not fit is refused here
         ones = [jnp.ones_like(x, bool) for x in arrays(params)]
         state = start(_target.scaffold(params, ones), params)
-        return state._replace(own=packed_masks(state.masks))
+        return state._replace(own=jax.tree.map(jnp.copy, packed_masks(state.masks)))
 
     def update(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
         step = state.step
@@ -101,7 +104,7 @@ def mask_sparsity(
         chosen = iter(state.own)
 
         def penalise(g, w, mask):
-            pull = jnp.sign(w) if penalty == "l1" else w
+            pull = jnp.sign(finite(w)) if penalty == "l1" else finite(w)
             pulled = g + (strength * pull).astype(g.dtype)
             pulled = jnp.where(masks.as_bool(next(chosen)), g, pulled)
             return jnp.where(masks.as_bool(mask), pulled, 0)

@@ -57,7 +57,7 @@ class Method(NamedTuple):
       update: `(grads, state, params) -> state`; decides masks, from the weights before the
         step, and says in `state.info.changed` whether it did. If `dense`, from the
         weights after the step, so that the next forward pass sees the masks of its own
-        weights.
+        weights: what happens at a step of its schedule is seen by the pass after it.
       gradients: `(grads, state, params) -> grads`, what the inner optimizer sees.
       project: `(new, state, old) -> params`, applied after the inner step, which led from
         `old` to `new`, and before the mask; `None` where there is nothing but the mask.
@@ -109,6 +109,11 @@ def straight_through(w: Array, seen: Array) -> Array:
 @straight_through.defjvp
 def _pass_on(primals, tangents):
     return straight_through(*primals), tangents[0]
+
+
+def finite(w: Array) -> Array:
+    """`w`, with 0 for what is not finite, where it is added to a gradient."""
+    return jnp.where(jnp.isfinite(w), w, 0)
 
 
 def _only_kept(g: Array, mask: masks.PackedMask) -> Array:

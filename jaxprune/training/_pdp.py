@@ -14,7 +14,7 @@ from jaxprune import _prune, _tree, masks, schedules, scores
 from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation
 from jaxprune.schedules import Schedule
-from jaxprune.structures import NM, Structure, Unstructured
+from jaxprune.structures import NM, Block, Channel, Structure, Unstructured
 from jaxprune.training import _target
 from jaxprune.training._method import (
     Method,
@@ -96,6 +96,8 @@ def pdp(
         initial=0.0, method="pdp", ramp=schedules.linear,
     )  # fmt: skip
     ramp = target.schedule
+    # The order of units must be that of their soft masks.
+    score = _square if isinstance(structure, Block | Channel) else scores.magnitude
     if harden < ramp.end:
         raise ValueError(
             f"harden: got {harden}; expected a step of at least end={ramp.end}."
@@ -115,7 +117,7 @@ def pdp(
         due = (regular & (step < harden)) | (step == ramp.end) | (step == harden)
 
         def decide(state: MethodState) -> MethodState:
-            found = target.decide(params, step, scores.magnitude)
+            found = target.decide(params, step, score)
             state = replace_masks(state, found, params)
             limits = _thresholds(target.plan(params), state, arrays(params))
             own = PDPState(limits, state.own.tau, step >= harden)
@@ -182,7 +184,7 @@ def _thresholds(
         bounds.append(_bounds(units.score(*units.operands), kept, None))
     if isinstance(structure, NM):
         return [_between(low, high) for low, high in bounds]
-    limits = []
+    limits: list[Array] = []
     for group in plan.groups:
         some = [b for b, g in zip(bounds, plan.groups, strict=True) if g == group]
         low = jnp.max(jnp.stack([b[0] for b in some]))
@@ -192,8 +194,9 @@ def _thresholds(
 
 def _bounds(squares: Array, kept: Array, axis: int | None) -> tuple[Array, Array]:
     """The largest square pruned and the smallest kept."""
-    low = jnp.max(jnp.where(kept | jnp.isnan(squares), -jnp.inf, squares), axis)
-    high = jnp.min(jnp.where(kept, squares, jnp.inf), axis)
+    pruned = jnp.where(kept | jnp.isnan(squares), -jnp.inf, squares)
+    low = jnp.max(pruned, axis, initial=-jnp.inf)
+    high = jnp.min(jnp.where(kept, squares, jnp.inf), axis, initial=jnp.inf)
     return low, high
 
 

@@ -5,6 +5,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key, UInt32
 
@@ -101,6 +102,8 @@ def exchange(
         active = [masks.count_leaf(m) for m in found]
     left = [_wide.subtract(k, _wide.share(k, share)) for k in active]
     stay = largest(dropping, left, weights, found)
+    # NaN ranks below what is pruned: nothing may stay that was not there.
+    stay = [a & b for a, b in zip(stay, found, strict=True)]
     leaves = list(zip(growth, stay, strict=True))
     return _prune.decide(
         plan, kept, lambda x, m: jnp.where(m, jnp.inf, score(x)), leaves
@@ -135,8 +138,14 @@ class KeyCarrier:
             raise TypeError(
                 f"key: got {key!r}; expected one made by jax.random.key(0)."
             )
-        self.data: UInt32[Array, " words"] = jax.random.key_data(key)
+        # On the host: a state may be donated, the caller's key may not.
+        self._data = np.asarray(jax.random.key_data(key))
         self._impl = jax.random.key_impl(key)
+
+    @property
+    def data(self) -> UInt32[Array, " words"]:
+        """What a state keeps."""
+        return jnp.asarray(self._data)
 
     def at(self, step: Array | int, data: Array | None = None) -> Key[Array, ""]:
         """The key of a step; -1 is for the initial masks."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jaxprune import _tree, masks, schedules, scores
+from jaxprune import _prune, _tree, masks, schedules
 from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation
 from jaxprune.schedules import Schedule
@@ -66,7 +66,9 @@ def soft_top_k(
     stand still, and what is kept trains on. The weights are dense behind the mask: the
     loss must see `jaxprune.sparse_params`.
 
-    Of blocks and channels the mean magnitude takes the place of the magnitude. Differences
+    While masks are soft, what is kept shrinks too: weights small against `1 / beta` to
+    about the density of their size. Of blocks and channels the mean magnitude takes the
+    place of the magnitude. Differences
     from the authors' code: `mu` is found by a bracketed Newton search to a 10**-5 of the
     budget, there by Sinkhorn steps to a hundredth; the frozen soft masks go into the
     weights at `harden`, there at the end of training.
@@ -125,7 +127,7 @@ def soft_top_k(
                 _grouped(values, shared), target.kept(params, step), strict=True
             )
         ]
-        return [found[g] for g in plan.groups]
+        return [jnp.copy(found[g]) for g in plan.groups]  # a state may be donated
 
     def init(params: PyTree) -> MethodState:
         state = start(target.first(params), params)
@@ -139,7 +141,12 @@ def soft_top_k(
         due = (regular & (step < harden)) | (step == ramp.end) | (step == harden)
 
         def decide(state: MethodState) -> MethodState:
-            found = target.decide(params, step, scores.magnitude)
+            plan, kept = target.plan(params), target.kept(params, step)
+            means = [
+                (_scaled(structure, p, w),)
+                for p, w in zip(plan.paths, arrays(params), strict=True)
+            ]
+            found = _prune.decide(plan, kept, jnp.abs, means)
             state = replace_masks(state, found, params)
             sharp = sharpness(step)
             own = SoftTopKState(solve(params, step, sharp), sharp, step >= harden)
@@ -214,12 +221,21 @@ def _values(structure: Structure, path: str, w: Array) -> Array:
     """Magnitudes, of blocks and channels their means, in float32."""
     unit = structure.scored(path, _magnitude, w)
     sums = unit.score(*unit.operands)
-    return sums * (sums.size / w.size)
+    return sums * (sums.size / max(w.size, 1))
+
+
+def _scaled(structure: Structure, path: str, w: Array) -> Array:
+    """Weights whose sums over a block or channel are the means of `w`."""
+    share = structure.units(path, w) / max(w.size, 1)
+    return w if share == 1 else _wide(w) * share
 
 
 def _magnitude(w: Array) -> Array:
-    wide = jnp.promote_types(w.dtype, jnp.float32)
-    return jnp.where(jnp.isfinite(w), jnp.abs(w), 0).astype(wide)
+    return _wide(jnp.where(jnp.isfinite(w), jnp.abs(w), 0))
+
+
+def _wide(w: Array) -> Array:
+    return w.astype(jnp.promote_types(w.dtype, jnp.float32))
 
 
 def _grouped(values: list[Array], shared: bool) -> list[list[Array]]:
@@ -235,10 +251,14 @@ def _slope(x: Array) -> Array:
 def _offset(values: Sequence[Array], mass: Array, beta: Array) -> Array:
     """The `mu` for which `sigmoid(beta x + mu)` sums to `mass`; +inf if that is all."""
     size = sum(x.size for x in values)
+    if not size:
+        return jnp.float32(jnp.inf)
     share = mass / size
     middle = jnp.log(share) - jnp.log1p(-share)
-    low = middle - beta * jnp.max(jnp.stack([jnp.max(x) for x in values]))
-    high = middle - beta * jnp.min(jnp.stack([jnp.min(x) for x in values]))
+    low = middle - beta * jnp.max(jnp.stack([jnp.max(x, initial=0) for x in values]))
+    high = middle - beta * jnp.min(
+        jnp.stack([jnp.min(x, initial=jnp.inf) for x in values])
+    )
 
     def narrow(state):
         low, high, mu, _, i = state
@@ -254,6 +274,6 @@ def _offset(values: Sequence[Array], mass: Array, beta: Array) -> Array:
         *_, excess, i = state
         return (jnp.abs(excess) > _MASS * mass) & (i < _ROUNDS)
 
-    start = (low, high, (low + high) / 2, jnp.float32(jnp.inf), 0)
+    start = (low, high, (low + high) / 2, jnp.full_like(low, jnp.inf), 0)
     mu = lax.while_loop(unfinished, narrow, start)[2]
     return jnp.where(share >= 1, jnp.inf, mu)

@@ -21,6 +21,7 @@ from jaxprune.training._method import (
     replace_masks,
     start,
 )
+from jaxprune.training._prune_grow import KeyCarrier
 
 
 def static(
@@ -63,6 +64,8 @@ def static(
       Language Models, arXiv 2303.10464, section 2.
     """
     target = _target.fixed(sparsity, structure, allocation)
+    if key is not None:
+        KeyCarrier(key)  # refuses what is no key
     if until is not None and until < 1:
         raise ValueError(f"until: got {until}; expected a step of at least 1, or None.")
 

@@ -10,7 +10,7 @@ from jaxprune.allocation import Allocation
 from jaxprune.structures import Structure, Unstructured
 from jaxprune.training import _target
 from jaxprune.training._dense import behind_mask
-from jaxprune.training._method import Method, MethodState
+from jaxprune.training._method import Method, MethodState, finite
 
 
 def ste(
@@ -97,7 +97,7 @@ def sr_ste(
             return grads
         return _tree.map_leaves(
             lambda g, w, m: (
-                g + decay * jnp.where(masks.as_bool(m), 0, w).astype(g.dtype)
+                g + decay * jnp.where(masks.as_bool(m), 0, finite(w)).astype(g.dtype)
             ),
             grads,
             params,

@@ -25,8 +25,8 @@ class Target:
 
     Attributes:
       schedule: when masks are decided, and how far the way is gone.
-      initial: sparsity at first; `None` where structure or allocation say it.
-      final: sparsity in the end; likewise.
+      initial: sparsity at first; `None` for counts that stand still.
+      final: sparsity in the end; `None` where structure or allocation say it.
       structure: what is kept or pruned as one.
       allocation: how sparsity is divided among leaves.
     """
@@ -44,11 +44,14 @@ class Target:
     def kept(self, params: PyTree, step: Int[Array, ""] | int) -> list[Wide]:
         """Units kept in each group of the plan at a step."""
         last = self.plan(params).kept
-        if self.initial == self.final:
+        if self.initial is None:
             return [_wide.from_int(k) for k in last]
-        # A mapping says what its leaves end with, not what they begin with.
-        is_mapping = isinstance(self.allocation, Mapping)
-        allocation = "uniform" if is_mapping else self.allocation
+        # A mapping says what its leaves end with, not what they begin with; and at 0 there
+        # is nothing to divide.
+        fixed = isinstance(self.allocation, Mapping) or (
+            callable(self.allocation) and self.initial == 0
+        )
+        allocation = "uniform" if fixed else self.allocation
         first = self._plan(params, self.initial, allocation).kept
         return [
             _wide.interpolate(a, b, self.schedule.fraction(step))
@@ -60,7 +63,7 @@ class Target:
     ) -> list[Bool[Array, "..."]]:
         """Masks of the best weights at a step, in the order of the leaves."""
         plan, leaves = self.plan(params), arrays(params)
-        structure, stands = self.structure, self.initial == self.final
+        structure, stands = self.structure, self.initial is None
         if isinstance(structure, NM) and stands and not any(plan.kept):
             # All groups obey at all times: nothing to search for.
             return [
@@ -77,9 +80,10 @@ class Target:
         score: _prune.Score = scores.magnitude,
     ) -> PyTree:
         """Masks to begin with: random with a key, else by score."""
-        kept = self.kept(params, -1)  # refuses leaves that do not fit
+        self.plan(params)  # refuses leaves that do not fit
         if self.initial == 0:
             return jax.tree.map(lambda x: jnp.ones_like(x, bool), params)
+        kept = self.kept(params, -1)
         operands = params if key is None else scores.random(params, key=key)
         leaves = [(x,) for x in arrays(operands)]
         score = score if key is None else _same
@@ -108,7 +112,7 @@ def fixed(
     final = None if sparsity is None else exact(sparsity)
     end = FOREVER if end is None else end
     schedule = schedules.cubic(0.0, begin, end, every)
-    return Target(schedule, final, final, structure, allocation)
+    return Target(schedule, None, final, structure, allocation)
 
 
 def rising(
@@ -152,9 +156,13 @@ def rising(
             )
         final = sparsity
         schedule = ramp(0.0, begin, end, every)
-    return Target(
-        schedule, exact(initial, "initial"), exact(final, "sparsity"), structure, allocation
-    )  # fmt: skip
+    first, last = exact(initial, "initial"), exact(final, "sparsity")
+    if first > last:
+        raise ValueError(
+            f"initial: got {initial}; expected at most the final sparsity of {final}, since "
+            f"{method} prunes more and more."
+        )
+    return Target(schedule, first, last, structure, allocation)
 
 
 def scaffold(params: PyTree, found: Sequence[Array]) -> PyTree:

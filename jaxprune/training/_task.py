@@ -36,7 +36,8 @@ def task(found: PyTree, *, earlier: Sequence[PyTree] = ()) -> Method:
       earlier: masks of the tasks before it.
 
     Raises:
-      ValueError: if masks do not match the parameters.
+      ValueError: if masks do not match the parameters, or a task has a mask for a leaf
+        that this one does not prune.
 
     Example:
       >>> mask = {"kernel": jnp.array([[True, True], [False, False]])}
@@ -54,11 +55,31 @@ def task(found: PyTree, *, earlier: Sequence[PyTree] = ()) -> Method:
     """
 
     def init(params: PyTree) -> MethodState:
-        mine = _tree.map_leaves(lambda _, m: m, params, _bools(params, found))
-        taken = [_bools(params, m) for m in earlier]
-        learns = _tree.map_leaves(_without, mine, *taken)
-        own = packed_masks(masks.pack(learns))
-        return start(mine, params, own)
+        mine, taken = _by_path(found), [_by_path(m) for m in earlier]
+        paths = [p for p in _tree.paths(params) if p in mine]
+        for path in [*mine, *(p for m in taken for p in m if p not in mine)]:
+            if path not in paths:
+                raise ValueError(
+                    f"masks: a task has a mask for {path}, which this one does not prune, so "
+                    "that it would train freely. Give it a mask in every task, and select "
+                    "it by where=."
+                )
+        _, leaves, treedef = _tree.flatten(params)
+        names = _tree.flatten(params)[0]
+        bools = {
+            p: (mine[p], _learns(mine[p], [m.get(p) for m in taken])) for p in paths
+        }
+        tree, own = (
+            treedef.unflatten([bools[p][k] if p in bools else None for p in names])
+            for k in (0, 1)
+        )
+        for path, leaf in zip(names, leaves, strict=True):
+            if path in bools and bools[path][1].shape != leaf.shape:
+                raise ValueError(
+                    f"masks: {path} has shape {tuple(bools[path][1].shape)}; expected that of "
+                    f"the weights, {tuple(leaf.shape)}."
+                )
+        return start(tree, params, packed_masks(masks.pack(own)))
 
     def gradients(grads: PyTree, state: MethodState, params: PyTree) -> PyTree:
         return map_learning(
@@ -69,11 +90,13 @@ def task(found: PyTree, *, earlier: Sequence[PyTree] = ()) -> Method:
     return Method(init, advance, gradients, hold_others, masked_view, dense=True)
 
 
-def _bools(params: PyTree, found: PyTree) -> PyTree:
-    return masks.unpack(masks.check(params, found))
+def _by_path(found: PyTree) -> dict[str, Array]:
+    names, leaves, _ = _tree.flatten(masks.unpack(found))
+    return {p: m for p, m in zip(names, leaves, strict=True) if not _tree.is_hole(m)}
 
 
-def _without(mask: Array, *others: Array) -> Array:
+def _learns(mask: Array, others: Sequence[Array | None]) -> Array:
+    """What no earlier task uses; one without a mask uses everything."""
     for other in others:
-        mask = mask & ~other
+        mask = mask & (False if other is None else ~other)
     return mask

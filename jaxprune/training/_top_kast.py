@@ -15,6 +15,7 @@ from jaxprune.training._method import (
     Method,
     MethodState,
     advance,
+    finite,
     masked_view,
     packed_masks,
     replace_masks,
@@ -40,8 +41,8 @@ def top_kast(
     weights are dense behind the mask: the loss must see `jaxprune.sparse_params`.
 
     The exploration regulariser, added to the gradient, is `decay w` on A and
-    `decay w / density` on B outside A, where density is that of A: what is not used
-    shrinks, which lets others in.
+    `decay w / density` on B outside A, where density is that of A in the whole: what is
+    not used shrinks, which lets others in.
 
     No code of the authors is public. Whether moments of weights outside B go on is not
     said; here their gradients are 0 and their updates dropped.
@@ -54,7 +55,8 @@ def top_kast(
       decay: strength of the regulariser.
       score: elementwise score of a weight array; higher is kept.
       structure: what is kept or pruned as one; not `NM`.
-      allocation: how both sparsities are divided among leaves; see `jaxprune.prune`.
+      allocation: how both sparsities are divided among leaves, not as a mapping; see
+        `jaxprune.prune`.
 
     Raises:
       ValueError: if a value is out of range.
@@ -77,6 +79,9 @@ def top_kast(
             f"structure: got {structure}; expected Unstructured, Block or Channel, since "
             "N:M does not say which further weights the backward pass uses."
         )
+    _prune.refuse_mapping(allocation)
+    if until is not None and until < 0:
+        raise ValueError(f"until: got {until}; expected a step, or None.")
     if not decay >= 0:
         raise ValueError(f"decay: got {decay}; expected at least 0, such as 1e-4.")
     forward = _target.fixed(sparsity, structure, allocation, end=until, every=every)
@@ -114,6 +119,7 @@ def top_kast(
 
     def gradients(grads: PyTree, state: MethodState, params: PyTree) -> PyTree:
         def explore(g, w, used, learns):
+            w = finite(w)
             pull = decay * jnp.where(masks.as_bool(used), w, scale * w)
             return jnp.where(masks.as_bool(learns), g + pull.astype(g.dtype), 0)
 

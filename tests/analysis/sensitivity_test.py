@@ -33,6 +33,16 @@ def test_the_index_at_its_ends(p, q):
     assert float(jp.analysis.pq_index(jnp.zeros(4), p=p, q=q)) == 0
 
 
+@pytest.mark.parametrize("p", [0.1, 0.2, 0.5])
+def test_the_index_of_many_weights(p):
+    """Against float64: nothing overflows."""
+    w = jax.random.normal(jax.random.key(0), (20_000,))
+    sizes = np.abs(np.asarray(w, np.float64))
+    wanted = 1 - np.mean(sizes**p) ** (1 / p) / np.mean(sizes)
+    np.testing.assert_allclose(jp.analysis.pq_index(w, p=p), wanted, rtol=1e-4)
+    assert np.isnan(jp.analysis.pq_index(w.at[3].set(jnp.nan), p=p))
+
+
 def test_the_index_counts_what_is_kept():
     w, mask = jnp.array([1.0, 5.0, 2.0]), jnp.array([True, False, True])
     np.testing.assert_allclose(

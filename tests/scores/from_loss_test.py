@@ -118,6 +118,25 @@ def test_synflow_in_rounds_keeps_layers_alive_where_one_round_does_not():
     assert flows(many) and not flows(few)
 
 
+def test_what_a_round_prunes_does_not_come_back():
+    """GraSP's scores have both signs: a pruned weight, at 0, would beat the negative."""
+    score = lambda p: jp.scores.grasp(loss, p, BATCHES[0])  # noqa: E731
+    pruned, masks = jp.prune_in_rounds(params(), 0.5, score=score, rounds=10)
+    assert jp.masks.count(masks).kept == 25
+    assert sum(int((x != 0).sum()) for x in jax.tree.leaves(pruned)) == 25
+
+
+def test_sums_over_batches_keep_their_precision():
+    tree = {"kernel": jnp.ones((2, 2), jnp.bfloat16)}
+    found = jp.scores.snip(lambda p, b: jnp.sum(p["kernel"] * b), tree, *[1.0] * 300)
+    np.testing.assert_array_equal(found["kernel"], 300)
+
+
+def test_sparsities_by_path_are_refused_in_rounds():
+    with pytest.raises(ValueError, match="allocation: got"):
+        jp.prune_in_rounds(params(), 0.5, score=lambda p: p, allocation={"*": 0.5})
+
+
 def test_at_least_one_round_is_asked_for():
     with pytest.raises(ValueError, match="rounds: got 0"):
         jp.prune_in_rounds(params(), 0.5, score=lambda p: p, rounds=0)

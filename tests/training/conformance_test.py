@@ -515,6 +515,18 @@ def test_leaves_without_mask_train_as_without_the_method(case, history):
             np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
 
 
+def test_a_donated_state_takes_nothing_else_along(case):
+    """Initialised in eager mode, its buffers are its own, and each is there once."""
+    params = case.params()
+    tx = jp.masked(optax.sgd(0.1), case.make(params))
+    state = tx.init(params)
+    buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
+    assert len(set(buffers)) == len(buffers)
+    jax.jit(lambda s: jax.tree.map(jnp.zeros_like, s), donate_argnums=0)(state)
+    tx.init(params)
+    jax.random.uniform(KEY)
+
+
 def test_nothing_is_sorted(case, history):
     params, state = case.params(), history.moments[-1].state
     program = jax.jit(history.tx.update).lower(params, state, params).as_text()

@@ -92,7 +92,8 @@ def test_masks_stand_still_between_two_decisions():
     ids=["dense", "ste"],
 )
 def test_mask_decay_at_1_is_dense_and_at_0_is_ste(leak, other):
-    constant = jp.schedules.linear(leak, begin=0, end=1, initial=leak)
+    # From the first step on the schedule is at its end.
+    constant = jp.schedules.linear(leak, begin=0, end=0, initial=1.0)
     ours, theirs = (train(m, 6) for m in (jp.mdgf(0.75, leak=constant), other))
     for (a, state), (b, like) in zip(ours, theirs, strict=True):
         # The runs agree but for fusion; what the loss sees of the same weights, and
@@ -203,11 +204,34 @@ def test_a_later_task_leaves_earlier_ones_as_they_were():
             np.testing.assert_array_equal(again, answer)
 
 
+def test_tasks_name_what_they_cannot_protect():
+    params = {"kernel": make(), "embedding": make(), "bias": jnp.ones(8)}
+    ones = jax.tree.map(lambda x: jnp.ones_like(x, bool), params)
+    only = ones | {"embedding": None, "bias": None}
+    with pytest.raises(ValueError, match="a task has a mask for embedding"):
+        jp.masked(optax.sgd(0.1), jp.training.task(ones | {"bias": None})).init(params)
+    with pytest.raises(ValueError, match="a task has a mask for embedding"):
+        jp.masked(
+            optax.sgd(0.1),
+            jp.training.task(only, earlier=[ones | {"kernel": None, "bias": None}]),
+        ).init(params)
+    # A task without a mask uses all weights, so that none is left to learn.
+    tx = jp.masked(optax.sgd(0.1), jp.training.task(only, earlier=[{"kernel": None}]))
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert not updates["kernel"].any() and updates["embedding"].all()
+
+
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
         (lambda: jp.sr_ste(0.5, decay=-1), "decay: got -1"),
         (lambda: jp.mdgf(0.5, leak=0.5), "leak: got 0.5; expected a schedule"),
+        (
+            lambda: jp.mdgf(0.5, leak=jp.schedules.linear(0.0, begin=0, end=9)),
+            "Give initial=1.0",
+        ),
+        (lambda: jp.top_kast(0.5, backward=0.2, until=-1), "until: got -1"),
+        (lambda: jp.top_kast(0.5, backward=0.2, allocation={"*": 0.5}), "mapping"),
         (lambda: jp.sdgf(jp.Block(2, 2), end=9), "expected NM"),
         (lambda: jp.sdgf(jp.NM(1, 4), end=9, decay="slow"), "decay: got 'slow'"),
         (lambda: jp.top_kast(0.5, backward=0.8), "at most sparsity=0.5"),

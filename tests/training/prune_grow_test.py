@@ -193,6 +193,53 @@ def test_exchange_of_nothing_changes_nothing():
         np.testing.assert_array_equal(found, masks["kernel"])
 
 
+def test_nan_weights_are_exchanged_like_small_ones():
+    w = make((16, 16)).at[3, 3].set(jnp.nan)
+    mask = jnp.ones((16, 16), bool).at[:8].set(False).at[3, 3].set(True)
+    (found,) = exchange(
+        ["k"],
+        jp.Unstructured(),
+        [mask],
+        [w],
+        jnp.abs,
+        [make((16, 16), 5)],
+        jnp.float32(0),
+    )
+    found = np.asarray(found)
+    assert found.sum() == int(mask.sum())
+    # What takes its place is the largest gradient of all that could grow.
+    grown = np.argwhere(found & ~np.asarray(mask))
+    free = np.where(np.asarray(mask), -1, np.abs(np.asarray(make((16, 16), 5))))
+    if grown.size:
+        assert tuple(grown[0]) == np.unravel_index(free.argmax(), free.shape)
+
+
+@pytest.mark.parametrize(
+    "allocation", [{"a/*": 0.75}, lambda s, _: dict.fromkeys(s, 0.75)]
+)
+def test_sparsities_by_leaf_may_stand_alone(allocation):
+    """`sparsity=0` with a mapping: only these leaves are pruned."""
+    params = {"a": {"kernel": make((16, 8))}, "b": {"kernel": make((16, 8))}}
+    wanted = 32 if callable(allocation) else 128
+    for method, first in (
+        (jp.static(0.0, allocation=allocation), 32),
+        (jp.rigl(0.0, key=KEY, end=9, allocation=allocation), 32),
+        (jp.gmp(0.0, end=4, allocation=allocation), None),
+    ):
+        tx = masked(optax.sgd(0.1), method)
+        state = tx.init(params)
+        counts = [jp.get_info(state)["kept"]["a/kernel"]]
+        for _ in range(6):
+            _, state = tx.update(params, state, params)
+            counts.append(jp.get_info(state)["kept"]["a/kernel"])
+        assert counts[-1] == 32
+        assert jp.get_info(state)["kept"]["b/kernel"] == wanted
+        if first:
+            assert set(counts) == {32}
+        else:
+            assert counts[0] == 128 and len(set(counts)) > 3
+
+
 @pytest.mark.parametrize(
     ("begin", "every", "end", "sparse"),
     [
@@ -265,7 +312,12 @@ def test_static_random_masks_depend_on_the_key_alone():
         (lambda: jp.set_(0.5, key=KEY, begin=5, end=2), "0 <= begin <= end"),
         (lambda: jp.granet(0.5, end=9, until=5), "until: got 5"),
         (lambda: jp.granet(0.5), "end: got None"),
+        (
+            lambda: jp.granet(0.5, initial=0.9, end=9),
+            "initial: got 0.9; expected at most",
+        ),
         (lambda: jp.static(0.5, until=0), "until: got 0"),
+        (lambda: jp.static(0.5, key=0), "key: got 0"),
         (lambda: jp.acdc(0.5, begin=5, end=9, every=0), "every: got 0"),
     ],
 )

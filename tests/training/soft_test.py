@@ -272,8 +272,14 @@ def test_only_what_is_chosen_is_penalised(penalty):
         (lambda: jp.soft_top_k(0.5, end=5, harden=8, beta=-1), "beta: got -1"),
         (lambda: jp.soft_top_k(end=5, harden=8, structure=jp.NM(2, 4)), "NM"),
         (lambda: jp.iss_p(0.5, end=5, alpha=1.5), "alpha: got 1.5"),
-        (lambda: jp.mask_sparsity(0.5, end=5, strength=-1), "strength: got -1"),
-        (lambda: jp.mask_sparsity(0.5, end=5, penalty="l0"), "penalty: got 'l0'"),
+        (
+            lambda: jp.mask_sparsity(0.5, begin=1, end=5, strength=-1),
+            "strength: got -1",
+        ),
+        (
+            lambda: jp.mask_sparsity(0.5, begin=1, end=5, penalty="l0"),
+            "penalty: got 'l0'",
+        ),
     ],
 )
 def test_bad_options_are_refused(factory, message):
