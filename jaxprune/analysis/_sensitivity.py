@@ -37,7 +37,7 @@ class Sensitivity(NamedTuple):
     def plot(self, ax: Any = None) -> Any:
         """Draws a line a leaf; needs matplotlib. Returns the axes."""
         if ax is None:
-            from matplotlib import pyplot
+            from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
             ax = pyplot.figure(layout="constrained").add_subplot()
         for path, losses in self.losses.items():
