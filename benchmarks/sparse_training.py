@@ -349,8 +349,16 @@ def run(name: str, case: Case, seed: int, data) -> dict:
         "method": name, **case._asdict(), "seed": seed,
         "accuracy": float(right.mean()),
         "achieved": zeros / jp.masks.count(masked).total,
+        "degree_deviation": degree_deviation(seen),
         "seconds": seconds,
     }  # fmt: skip
+
+
+def degree_deviation(params: dict) -> float:
+    """Of the first layer: how unevenly its links are dealt to its units, in percent."""
+    first = next(iter(params.values()))["kernel"]
+    inputs = tuple(range(first.ndim - 1))
+    return float(jp.analysis.degree_deviation(first, axis=inputs))
 
 
 def _leaves(masks) -> list:
@@ -397,8 +405,9 @@ def table(rows: list[dict], timed: list[dict], case: Case) -> str:
     """Mean and standard deviation over seeds."""
     ratios = {r["method"]: r for r in timed if _case(r) == case}
     lines = [
-        "| method | seeds | accuracy % | sparsity % | step / dense | updating step |",
-        "|---|---|---|---|---|---|",
+        "| method | seeds | accuracy % | sparsity % | degree dev. % | step / dense | "
+        "updating step |",
+        "|---|---|---|---|---|---|---|",
     ]
     some = [r for r in rows if _case(r) == case]
     names = sorted(
@@ -412,6 +421,8 @@ def table(rows: list[dict], timed: list[dict], case: Case) -> str:
         values = [100 * r["accuracy"] for r in mine]
         spread = statistics.stdev(values) if len(values) > 1 else float("nan")
         achieved = 100 * statistics.fmean(r["achieved"] for r in mine)
+        uneven = [r["degree_deviation"] for r in mine if "degree_deviation" in r]
+        uneven = f"{statistics.fmean(uneven):.1f}" if uneven else "-"
         ratio = ratios.get(name, {})
         plain, update = (
             f"{ratio[k]:.2f}" if ratio.get(k, float("nan")) == ratio.get(k) else "-"
@@ -419,7 +430,7 @@ def table(rows: list[dict], timed: list[dict], case: Case) -> str:
         )
         lines.append(
             f"| {name} | {len(mine)} | {statistics.fmean(values):.2f} ± {spread:.2f} | "
-            f"{achieved:.2f} | {plain} | {update} |"
+            f"{achieved:.2f} | {uneven} | {plain} | {update} |"
         )
     return "\n".join(lines)
 

@@ -61,7 +61,8 @@ def test_structures_in_all_layouts(name, structure, method):
         found.append(np.asarray(jp.get_masks(state)[name]["kernel"]))
     mask = found[-1]
     assert mask.sum() == mask.size // 2
-    assert any((a != b).any() for a, b in zip(found, found[1:], strict=False))
+    if method != "sr_ste":  # whose masks move only if the order of the weights does
+        assert any((a != b).any() for a, b in zip(found, found[1:], strict=False))
     if isinstance(structure, jp.NM):
         groups = np.moveaxis(mask, -2, -1)
         assert (groups.reshape(*groups.shape[:-1], -1, 4).sum(-1) == 2).all()

@@ -12,8 +12,13 @@ from jax import lax
 
 import jaxprune as jp
 from jaxprune.training import Method, MethodState
-from jaxprune.training._masked import advance
-from jaxprune.training._method import mask_gradients, replace_masks, start
+from jaxprune.training._method import (
+    advance,
+    mask_gradients,
+    masked_view,
+    replace_masks,
+    start,
+)
 
 SWITCH = 3
 

@@ -42,11 +42,7 @@ METHODS = {
     "gmp-block": jp.gmp(0.5, structure=jp.Block(4, 4), **RAMP),
     "gmp-channel": jp.gmp(0.5, structure=jp.Channel(), **RAMP),
     "rigl": jp.rigl(0.5, key=jax.random.key(0), allocation="uniform", every=1, **RAMP),
-    "set-nm": jp.set_(
-        structure=jp.NM(2, 4), key=jax.random.key(0), allocation="uniform", every=1
-    ),
     "top_kast": jp.top_kast(0.5, backward=0.25, every=1),
-    "pdp": jp.pdp(0.5, harden=5, allocation="uniform", **RAMP),
     "neuroprune": jp.neuroprune(
         0.5, roles=jp.Roles(mlp_in="*/kernel"), end=1, every=1, reading="inverse"
     ),

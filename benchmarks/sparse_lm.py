@@ -1,0 +1,265 @@
+"""Sparse training of a small language model on the Brown corpus.
+
+A causal transformer (3 layers, width 128, 4 heads, 64 tokens of context, 2,048 BPE tokens)
+trained for two passes over 90 % of the documents with adamw, a cosine learning rate and
+batches of 32, and tested on the rest. Pruned are the matrices of attention and MLP.
+Beside them stand static random masks and a dense model of the same FLOPs, made narrower.
+A run is a line of the results file, and a run that is there is not repeated.
+
+    python benchmarks/sparse_lm.py                   # runs what is missing
+    python benchmarks/sparse_lm.py --only RigL GMP   # ... of some methods
+    python benchmarks/sparse_lm.py --table           # prints the tables
+
+Expected before measuring: at 70 % GMP and GraNet within a few percent of dense in
+perplexity, SET and RigL behind them, static random last but ahead of the narrow dense
+model; at 90 % the same order with larger gaps, and the narrow dense model near static
+random. SR-STE behind GMP, since Adam undoes its decay. At 1:8 and 1:16 MdGf and SdGf ahead
+of SR-STE, as their paper has it.
+"""
+
+import argparse
+import itertools
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import brown
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+import jaxprune as jp
+
+RUNS = pathlib.Path(__file__).resolve().parent / "results" / "sparse_lm.jsonl"
+SEEDS = (0, 1, 2)
+BATCH, CONTEXT = 32, 64
+WIDTH, HEADS, LAYERS = 128, 4, 3
+PASSES = 2
+# Widths at which a dense model has the matrix FLOPs of the pruned one, but for rounding.
+NARROW = {0.7: 72, 0.9: 40}
+MATRICES = "layers/*/kernel"
+
+
+class Case(NamedTuple):
+    """How sparse, and in which pattern."""
+
+    sparsity: float
+    structure: str = "unstructured"
+
+
+STRUCTURES = {
+    "unstructured": jp.Unstructured(),
+    "1:8": jp.NM(1, 8),
+    "1:16": jp.NM(1, 16),
+}
+
+
+def common(case: Case) -> dict[str, Any]:
+    return {
+        "sparsity": case.sparsity,
+        "structure": STRUCTURES[case.structure],
+        "allocation": "uniform",
+    }
+
+
+def leak(steps: int) -> jp.schedules.Schedule:
+    return jp.schedules.linear(0.0, 0, steps * 3 // 4, initial=1.0)
+
+
+METHODS: dict[str, Callable[[Case, int, Any], Any]] = {
+    "dense": lambda c, steps, key: jp.static(0.0),
+    "narrow dense": lambda c, steps, key: jp.static(0.0),
+    "static random": lambda c, steps, key: jp.static(key=key, **common(c)),
+    "SET": lambda c, steps, key: jp.set_(key=key, end=steps * 3 // 4, **common(c)),
+    "RigL": lambda c, steps, key: jp.rigl(key=key, end=steps * 3 // 4, **common(c)),
+    "GraNet": lambda c, steps, key: jp.granet(
+        end=steps // 2, until=steps * 3 // 4, every=50, **common(c)
+    ),
+    "GMP": lambda c, steps, key: jp.gmp(
+        begin=steps // 4, end=steps * 3 // 4, every=20, **common(c)
+    ),
+    "CHTss": lambda c, steps, key: jp.chts(
+        c.sparsity, key=key, end=steps * 3 // 4, settle=steps // 2, initial=0.5
+    ),
+    "soft top-k": lambda c, steps, key: jp.soft_top_k(
+        end=steps // 5, harden=steps * 4 // 5, every=10, **common(c)
+    ),
+    "SR-STE": lambda c, steps, key: jp.sr_ste(every=10, **common(c)),
+    "MdGf": lambda c, steps, key: jp.mdgf(leak=leak(steps), every=10, **common(c)),
+    "SdGf": lambda c, steps, key: jp.sdgf(
+        STRUCTURES[c.structure], end=steps // 2, every=10
+    ),
+}  # fmt: skip
+RULES = ("GMP", "GraNet", "SET", "RigL", "CHTss", "soft top-k")
+
+
+def plan() -> Iterator[tuple[str, Case, int]]:
+    """All runs, the most telling first."""
+    for seed in SEEDS:
+        yield "dense", Case(0.0), seed
+        for case in (Case(0.9), Case(0.7)):
+            names = (*RULES, "static random", "narrow dense")
+            yield from ((name, case, seed) for name in names)
+    for seed, m in itertools.product(SEEDS, (8, 16)):
+        case = Case(1 - 1 / m, f"1:{m}")
+        yield from ((name, case, seed) for name in ("SR-STE", "MdGf", "SdGf"))
+
+
+def init(key: jax.Array, width: int) -> dict:
+    keys = iter(jax.random.split(key, 64))
+
+    def matrix(a, b):
+        return {"kernel": jax.random.normal(next(keys), (a, b)) / a**0.5}
+
+    def layer():
+        return {
+            "norm_1": {"scale": jnp.ones(width)},
+            "query": matrix(width, width), "key": matrix(width, width),
+            "value": matrix(width, width), "out": matrix(width, width),
+            "norm_2": {"scale": jnp.ones(width)},
+            "up": matrix(width, 4 * width), "down": matrix(4 * width, width),
+        }  # fmt: skip
+
+    return {
+        "embedding": 0.02 * jax.random.normal(next(keys), (brown.VOCABULARY, width)),
+        "positions": {
+            "embedding": 0.02 * jax.random.normal(next(keys), (CONTEXT, width))
+        },
+        "layers": [layer() for _ in range(LAYERS)],
+        "norm": {"scale": jnp.ones(width)},
+    }
+
+
+def logits(params: dict, tokens: jax.Array) -> jax.Array:
+    """The next token's, `[batch, context, vocabulary]`; the embedding is tied."""
+    x = params["embedding"][tokens] + params["positions"]["embedding"]
+    for layer in params["layers"]:
+        y = norm(layer["norm_1"], x)
+        q, k, v = (
+            (y @ layer[n]["kernel"]).reshape(*y.shape[:2], HEADS, -1)
+            for n in ("query", "key", "value")
+        )
+        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        x = x + mixed.reshape(x.shape) @ layer["out"]["kernel"]
+        y = jax.nn.gelu(norm(layer["norm_2"], x) @ layer["up"]["kernel"])
+        x = x + y @ layer["down"]["kernel"]
+    return norm(params["norm"], x) @ params["embedding"].T
+
+
+def norm(params: dict, x: jax.Array) -> jax.Array:
+    return x * lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6) * params["scale"]
+
+
+def loss(params: dict, windows: jax.Array) -> jax.Array:
+    found = logits(params, windows[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(found, windows[:, 1:]).mean()
+
+
+def windows(tokens: np.ndarray) -> np.ndarray:
+    """Text in pieces of `CONTEXT` tokens and the one behind, `[pieces, CONTEXT + 1]`."""
+    count = (len(tokens) - 1) // CONTEXT
+    starts = np.arange(count)[:, None] * CONTEXT
+    return tokens[starts + np.arange(CONTEXT + 1)]
+
+
+def run(name: str, case: Case, seed: int, data: dict[str, np.ndarray]) -> dict:
+    train, test = (windows(data[split]) for split in ("train", "test"))
+    a_pass = len(train) // BATCH
+    steps = PASSES * a_pass
+    width = NARROW[case.sparsity] if name == "narrow dense" else WIDTH
+    params = init(jax.random.key(seed), width)
+    rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 20, steps)
+    method = METHODS[name](case, steps, jax.random.key(100 + seed))
+    tx = jp.masked(optax.adamw(rate, weight_decay=0.01), method, where=MATRICES)
+    state = jax.jit(tx.init)(params)
+
+    @jax.jit
+    def many(carry, batches):
+        def step(carry, batch):
+            params, state = carry
+            grads = jax.grad(lambda p: loss(jp.sparse_params(p, state), batch))(params)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return lax.scan(step, carry, batches)[0]
+
+    random = np.random.default_rng(seed)
+    start = time.perf_counter()
+    for _ in range(PASSES):
+        order = random.permutation(len(train))[: a_pass // 20 * 20 * BATCH]
+        for part in order.reshape(-1, 20, BATCH):
+            params, state = many((params, state), train[part])
+    jax.block_until_ready(params)
+    seconds = time.perf_counter() - start
+    seen = jp.sparse_params(params, state)
+    measure = jax.jit(loss)
+    pieces = test[: len(test) // BATCH * BATCH].reshape(-1, BATCH, CONTEXT + 1)
+    held_out = float(np.mean([measure(seen, x) for x in pieces]))
+    masks = jp.get_masks(state)
+    return {
+        "method": name, **case._asdict(), "seed": seed, "loss": held_out,
+        "perplexity": float(np.exp(held_out)),
+        "achieved": jp.masks.sparsity(masks), "steps": steps, "seconds": seconds,
+    }  # fmt: skip
+
+
+def table(rows: list[dict], case: Case) -> str:
+    """Mean and standard deviation over seeds, the best first."""
+    some = [r for r in rows if Case(r["sparsity"], r["structure"]) == case]
+    lines = ["| method | seeds | perplexity | sparsity % |", "|---|---|---|---|"]
+    names = {r["method"] for r in some}
+    means = {
+        n: statistics.fmean(r["perplexity"] for r in some if r["method"] == n)
+        for n in names
+    }
+    for name in sorted(names, key=means.__getitem__):
+        mine = [r for r in some if r["method"] == name]
+        values = [r["perplexity"] for r in mine]
+        spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+        achieved = 100 * statistics.fmean(r["achieved"] for r in mine)
+        lines.append(
+            f"| {name} | {len(mine)} | {means[name]:.2f} ± {spread:.2f} | {achieved:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def rows_of() -> list[dict]:
+    if not RUNS.exists():
+        return []
+    return [json.loads(line) for line in RUNS.read_text().splitlines()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data-dir", default=".data")
+    parser.add_argument("--table", action="store_true", help="only print the tables")
+    parser.add_argument(
+        "--only", nargs="+", default=list(METHODS), help="these methods"
+    )
+    args = parser.parse_args()
+    jax.config.update("jax_compilation_cache_dir", "build/compiled")
+    if not args.table:
+        data = brown.load(args.data_dir)
+        done = {
+            (r["method"], Case(r["sparsity"], r["structure"]), r["seed"])
+            for r in rows_of()
+        }
+        for name, case, seed in plan():
+            if name in args.only and (name, case, seed) not in done:
+                row = run(name, case, seed, data)
+                with RUNS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(row, file=sys.stderr, flush=True)
+    rows = rows_of()
+    for case in dict.fromkeys(Case(r["sparsity"], r["structure"]) for r in rows):
+        print(f"\n### {case.sparsity:.1%} {case.structure}\n\n{table(rows, case)}")
+
+
+if __name__ == "__main__":
+    main()
