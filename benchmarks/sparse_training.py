@@ -145,8 +145,8 @@ def leaky(setup: Setup) -> Any:
 
 
 def neuroprune(setup: Setup) -> Any:
-    # The classifier stays dense. Each matrix has its own share: compared across matrices,
-    # neurons poor in links take those behind them along, and the second layer vanishes.
+    # The classifier stays dense, and each matrix has its own share: compared across
+    # matrices, the second layer loses nearly all of its links.
     roles = jp.Roles(mlp_in="dense_0/kernel", degree="dense_1/kernel")
     return jp.neuroprune(
         setup.case.sparsity, roles=roles, allocation="uniform", begin=100,

@@ -14,7 +14,7 @@ from jaxprune.training._method import (
     Method,
     MethodState,
     advance,
-    arrays,
+    all_kept,
     mask_gradients,
     masked_view,
     replace_masks,
@@ -74,7 +74,7 @@ def acdc(
 
     def init(params: PyTree) -> MethodState:
         target.plan(params)  # a leaf that does not fit is refused here
-        return start(_target.scaffold(params, _all(params)), params)
+        return start(_target.scaffold(params, all_kept(params)), params)
 
     def update(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
         step = state.step
@@ -86,13 +86,9 @@ def acdc(
         )
         return lax.cond(
             decompresses(step),
-            lambda s: replace_masks(s, _all(params), params),
+            lambda s: replace_masks(s, all_kept(params), params),
             lambda s: s,
             state,
         )
 
     return Method(init, update, mask_gradients, None, masked_view)
-
-
-def _all(params: PyTree) -> list:
-    return [jnp.ones_like(x, bool) for x in arrays(params)]

@@ -20,7 +20,7 @@ from jaxprune.training._method import (
     MethodState,
     advance,
     all_gradients,
-    arrays,
+    all_kept,
     masked_view,
     replace_masks,
     start,
@@ -138,7 +138,7 @@ def sdgf(
     def init(params: PyTree) -> MethodState:
         for target in targets:
             target.plan(params)  # a stage that does not fit is refused here
-        first = [jnp.ones_like(x, bool) for x in arrays(params)]
+        first = all_kept(params)
         if begin == 0:
             first = targets[0].decide(params, 0, score)
         return start(_target.scaffold(params, first), params)

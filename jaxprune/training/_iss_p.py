@@ -15,7 +15,7 @@ from jaxprune.training._method import (
     Method,
     MethodState,
     advance,
-    arrays,
+    all_kept,
     mask_gradients,
     masked_view,
     packed_masks,
@@ -74,7 +74,7 @@ def iss_p(
 
     def init(params: PyTree) -> MethodState:
         target.plan(params)  # a leaf that does not fit is refused here
-        everything = _target.scaffold(params, _ones(params))
+        everything = _target.scaffold(params, all_kept(params))
         state = start(everything, params)
         return state._replace(own=jax.tree.map(jnp.copy, packed_masks(state.masks)))
 
@@ -108,7 +108,3 @@ def iss_p(
         )
 
     return Method(init, update, mask_gradients, shrink, masked_view)
-
-
-def _ones(params: PyTree) -> list:
-    return [jnp.ones_like(x, bool) for x in arrays(params)]

@@ -16,7 +16,7 @@ from jaxprune.training._method import (
     Method,
     MethodState,
     advance,
-    arrays,
+    all_kept,
     finite,
     masked_view,
     packed_masks,
@@ -79,8 +79,7 @@ def mask_sparsity(
 
     def init(params: PyTree) -> MethodState:
         target.plan(params)  # a leaf that does not fit is refused here
-        ones = [jnp.ones_like(x, bool) for x in arrays(params)]
-        state = start(_target.scaffold(params, ones), params)
+        state = start(_target.scaffold(params, all_kept(params)), params)
         return state._replace(own=jax.tree.map(jnp.copy, packed_masks(state.masks)))
 
     def update(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:

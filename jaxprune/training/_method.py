@@ -173,6 +173,11 @@ def arrays(tree: PyTree) -> list[Any]:
     return [x for x in _tree.flatten(tree)[1] if not _tree.is_hole(x)]
 
 
+def all_kept(params: PyTree) -> list[Bool[Array, "..."]]:
+    """Masks that prune nothing, in the order of the leaves."""
+    return [jnp.ones_like(x, bool) for x in arrays(params)]
+
+
 def _sum(counts) -> Wide:
     total = _wide.from_int(0)
     for count in counts:

@@ -2,7 +2,6 @@
 
 from fractions import Fraction
 
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Key
 
@@ -15,7 +14,7 @@ from jaxprune.training._method import (
     Method,
     MethodState,
     advance,
-    arrays,
+    all_kept,
     mask_gradients,
     masked_view,
     replace_masks,
@@ -77,10 +76,9 @@ def static(
         state = advance(grads, state, params)
         if until is None:
             return state
-        everything = [jnp.ones_like(x, bool) for x in arrays(params)]
         return lax.cond(
             step == until,
-            lambda s: replace_masks(s, everything, params),
+            lambda s: replace_masks(s, all_kept(params), params),
             lambda s: s,
             state,
         )
