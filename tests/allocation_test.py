@@ -139,7 +139,7 @@ def test_allocate_by_function():
         ("uniform", None, "sparsity: got None; expected a number in [0, 1) with "
          "allocation='uniform'."),
         ("layerwise", 0.5, "allocation: got 'layerwise'; expected 'uniform', 'global', "
-         "'erk', a mapping {path pattern: sparsity} or a function"),
+         "'er', 'erk', a mapping {path pattern: sparsity} or a function"),
         ({"tail/*": 0.5}, 0.5, "allocation: the pattern 'tail/*' matches no leaf. The "
          "paths are: body/0/kernel, body/1/kernel, head/kernel."),
         ({"body/*": 0.5}, None, "sparsity: got None, but no pattern of "
