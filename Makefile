@@ -37,7 +37,7 @@ demo: $(VENV)/.stamp-examples $(VENV)/.stamp-minilm $(VADER)
 
 # The virtual CPU devices that the sharding tests need are set up in tests/conftest.py.
 test: $(VENV)/.stamp-test
-	JAX_PLATFORMS=cpu $(BIN)/pytest --numprocesses 2 --dist loadgroup $(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-lint
 	$(BIN)/ruff check .

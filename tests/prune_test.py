@@ -19,6 +19,8 @@ from jax.sharding import PartitionSpec as P
 import jaxprune as jp
 from jaxprune import _prune
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def _params():
     keys = jax.random.split(jax.random.key(0), 3)

@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def _values(shape, seed=0):
     """Small integers: many ties, and sums that are exact in any order."""

@@ -98,10 +98,7 @@ def pdp(
     ramp = target.schedule
     # The order of units must be that of their soft masks.
     score = _square if isinstance(structure, Block | Channel) else scores.magnitude
-    if harden < ramp.end:
-        raise ValueError(
-            f"harden: got {harden}; expected a step of at least end={ramp.end}."
-        )
+    due = _target.until_hard(ramp, harden)
 
     def init(params: PyTree) -> MethodState:
         plan = target.plan(params)
@@ -113,8 +110,6 @@ def pdp(
 
     def update(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
         step = state.step
-        regular = (step >= ramp.begin) & ((step - ramp.begin) % ramp.every == 0)
-        due = (regular & (step < harden)) | (step == ramp.end) | (step == harden)
 
         def decide(state: MethodState) -> MethodState:
             found = target.decide(params, step, score)
@@ -123,7 +118,7 @@ def pdp(
             own = PDPState(limits, state.own.tau, step >= harden)
             return state._replace(own=own)
 
-        return lax.cond(due, decide, lambda s: s, advance(grads, state, params))
+        return lax.cond(due(step), decide, lambda s: s, advance(grads, state, params))
 
     return Method(init, update, all_gradients, None, _View(structure), dense=True)
 

@@ -107,10 +107,7 @@ def soft_top_k(
         initial=0.0, method="soft_top_k", ramp=schedules.linear,
     )  # fmt: skip
     ramp = target.schedule
-    if harden < ramp.end:
-        raise ValueError(
-            f"harden: got {harden}; expected a step of at least end={ramp.end}."
-        )
+    due = _target.until_hard(ramp, harden)
     sharpness = schedules.linear(beta, ramp.begin, harden, 1, min(1.0, beta))
     shared = allocation == "global"
 
@@ -137,8 +134,6 @@ def soft_top_k(
 
     def update(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
         step = state.step
-        regular = (step >= ramp.begin) & ((step - ramp.begin) % ramp.every == 0)
-        due = (regular & (step < harden)) | (step == ramp.end) | (step == harden)
 
         def decide(state: MethodState) -> MethodState:
             plan, kept = target.plan(params), target.kept(params, step)
@@ -152,7 +147,7 @@ def soft_top_k(
             own = SoftTopKState(solve(params, step, sharp), sharp, step >= harden)
             return state._replace(own=own)
 
-        return lax.cond(due, decide, lambda s: s, advance(grads, state, params))
+        return lax.cond(due(step), decide, lambda s: s, advance(grads, state, params))
 
     def take_up(new: PyTree, state: MethodState, old: PyTree) -> PyTree:
         """At `harden` the weights become what the forward pass saw of them."""

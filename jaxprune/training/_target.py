@@ -165,6 +165,26 @@ def rising(
     return Target(schedule, first, last, structure, allocation)
 
 
+def until_hard(
+    ramp: Schedule, harden: int
+) -> Callable[[Int[Array, ""]], Bool[Array, ""]]:
+    """When soft masks are decided: as often as the ramp says, and on until they harden.
+
+    Raises:
+      ValueError: if `harden` comes before the ramp ends.
+    """
+    if harden < ramp.end:
+        raise ValueError(
+            f"harden: got {harden}; expected a step of at least end={ramp.end}."
+        )
+
+    def due(step: Int[Array, ""]) -> Bool[Array, ""]:
+        regular = (step >= ramp.begin) & ((step - ramp.begin) % ramp.every == 0)
+        return (regular & (step < harden)) | (step == ramp.end) | (step == harden)
+
+    return due
+
+
 def scaffold(params: PyTree, found: Sequence[Array]) -> PyTree:
     """Arrays of the leaves in order, as a tree."""
     leaves = iter(found)

@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def _run(params):
     tx = jp.masked(optax.adam(0.1), jp.gmp(0.5, end=0))

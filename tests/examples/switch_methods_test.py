@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import switch_methods
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.mark.parametrize("framework", switch_methods.FRAMEWORKS)
 @pytest.mark.parametrize("name", ["gmp", "rigl", "pdp", "sr_ste 2:4"])

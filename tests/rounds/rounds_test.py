@@ -11,6 +11,8 @@ import pytest
 
 import jaxprune as jp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STEPS = 20
 
 

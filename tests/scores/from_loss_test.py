@@ -7,6 +7,8 @@ import pytest
 
 import jaxprune as jp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def make(*shape, seed=0):
     return jax.random.normal(jax.random.key(seed), shape)

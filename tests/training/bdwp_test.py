@@ -7,6 +7,8 @@ import pytest
 
 import jaxprune as jp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NM = jp.NM(2, 8)
 
 

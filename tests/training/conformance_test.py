@@ -22,6 +22,8 @@ from flax.training import train_state
 
 import jaxprune as jp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BEGIN, END, EVERY = 1, 6, 2
 UPDATES = (1, 3, 5, 6)
 STEPS = 8
@@ -378,11 +380,6 @@ METHODS = [
         dense=True,
     ),
 ]
-# The tests of a row share a run: they belong to one process.
-METHODS = [
-    pytest.param(*m.values, id=m.id, marks=pytest.mark.xdist_group(m.id))
-    for m in METHODS
-]
 # One row a method, for what does not depend on structure or allocation.
 PLAIN = [m for m in METHODS if "-" not in m.id or m.id in ("static-random", "gmp-nm")]
 # Where only the shape of the state matters: a row for each kind of it.
@@ -441,14 +438,6 @@ class Moment(NamedTuple):
     params: Any
     state: Any
     updates: Any
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Most of the time here goes into compiling programs that run for a moment."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module", params=METHODS)

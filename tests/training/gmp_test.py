@@ -7,6 +7,8 @@ import pytest
 
 import jaxprune as jp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def _kept_after(method, params, steps):
     tx = jp.masked(optax.set_to_zero(), method)

@@ -8,6 +8,8 @@ import pytest
 
 import jaxprune as jp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(0)
 SHAPES = {
     "conv": (3, 3, 8, 16),

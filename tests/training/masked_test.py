@@ -20,6 +20,8 @@ from jaxprune.training._method import (
     start,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SWITCH = 3
 
 

@@ -9,6 +9,8 @@ import pytest
 import jaxprune as jp
 from jaxprune.training._prune_grow import exchange
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(3)
 
 

@@ -9,6 +9,8 @@ from jax.test_util import check_grads
 
 import jaxprune as jp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def make(shape=(16, 8), seed=0):
     return jax.random.normal(jax.random.key(seed), shape)
