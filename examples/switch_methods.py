@@ -2,7 +2,7 @@
 
     python examples/switch_methods.py
 
-Three lines know of jaxprune, marked below; to switch methods, change what `method` is.
+Three lines of training know of jaxprune, marked below; to switch methods, change `method`.
 """
 
 from collections.abc import Callable

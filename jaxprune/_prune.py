@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, TypeAlias
@@ -74,8 +75,22 @@ def plan(
         parts = [(1 - wanted[p]) * n for p, n in zip(paths, sizes, strict=True)]
         kept = allocations.round_to_total(parts, budget)
     if allocation == "global":
+        _check_equal_units(structure, chosen)
         return Plan(paths, structure, (sum(kept),), (0,) * len(paths))
     return Plan(paths, structure, tuple(kept), tuple(range(len(paths))))
+
+
+def _check_equal_units(structure: Structure, chosen: Sequence[tuple[str, Any]]) -> None:
+    """Raises `ValueError` unless units of all leaves are of one size."""
+    sizes = {p: math.prod(x.shape) // max(structure.units(p, x), 1) for p, x in chosen}
+    least, most = (f(sizes, key=sizes.__getitem__) for f in (min, max))
+    if sizes[least] != sizes[most]:
+        raise ValueError(
+            f"allocation: 'global' compares units of all leaves, but {structure} has "
+            f"{sizes[least]} weights a unit in {least} and {sizes[most]} in {most}; the "
+            "larger would win by their size, and the sparsity be missed. Divide it with "
+            "'uniform', 'erk' or a mapping, or choose leaves alike with where=."
+        )
 
 
 def decide(
@@ -96,6 +111,11 @@ def decide(
     Raises:
       ValueError: if `score` does not give one floating-point score a weight.
     """
+    if not callable(score):
+        raise TypeError(
+            f"score: got {type(score).__name__}; expected a function of one weight array, "
+            "such as jaxprune.scores.magnitude. A tree of scores is for jaxprune.prune."
+        )
     scored = []
     for path, xs in zip(plan.paths, leaves, strict=True):
         _check_scores(path, jax.eval_shape(score, *xs), xs[0])
@@ -207,8 +227,8 @@ def prune_in_rounds(
       The pruned parameters and the masks.
 
     Raises:
-      ValueError: as `prune`; and if `rounds` is below 1, or the allocation is a mapping,
-        which would prune all in the first round.
+      ValueError: as `prune`; and if `rounds` is below 1, a score is NaN or infinite, or
+        the allocation is a mapping, which would prune all in the first round.
 
     Example:
       >>> params = {"up": jnp.array([[1.0, -2.0]]), "down": jnp.array([[3.0], [0.5]])}
@@ -225,21 +245,39 @@ def prune_in_rounds(
     if rounds < 1:
         raise ValueError(f"rounds: got {rounds}; expected at least 1.")
     refuse_mapping(allocation)
+    if not callable(score):
+        raise TypeError(
+            f"score: got {type(score).__name__}; expected a function that gives a tree of "
+            "scores from the parameters, since each round scores anew."
+        )
     final = allocations.exact(sparsity)
     score = jax.jit(score)
     masks = jax.tree.map(lambda x: None, params)
     for i in range(1, rounds + 1):
         density = float(1 - final) ** (i / rounds)
         now = final if i == rounds else Fraction(1 - density)
+        found = score(params)
+        _check_finite(found, i)
         scored = jax.tree.map(
             lambda m, s: s if m is None else jnp.where(m, s, -jnp.inf),
-            masks, score(params), is_leaf=lambda m: m is None,
+            masks, found, is_leaf=lambda m: m is None,
         )  # fmt: skip
         params, masks = prune(
             params, now, score=scored, structure=structure,
             allocation=allocation, where=where,
         )  # fmt: skip
     return params, masks
+
+
+def _check_finite(found: PyTree, number: int) -> None:
+    """Raises `ValueError` where scores are NaN or infinite: they would rank at random."""
+    for path, x in zip(*_tree.flatten(found)[:2], strict=True):
+        if _tree.is_float(x) and (bad := int(jnp.sum(~jnp.isfinite(x)))):
+            raise ValueError(
+                f"score: in round {number} {bad} of the {x.size} scores of {path} are NaN "
+                "or infinite; expected finite ones. If they overflow, as those of SynFlow in "
+                "deep networks do, score in float64 or scale the weights down first."
+            )
 
 
 def refuse_mapping(allocation: Allocation) -> None:

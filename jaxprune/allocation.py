@@ -155,7 +155,7 @@ def exact(sparsity: float | Fraction | None, name: str = "sparsity") -> Fraction
         )
         written = str(number)
         valid = bool(0 <= number < 1)
-        is_number = not isinstance(number, np.ndarray)
+        is_number = not isinstance(number, np.ndarray | bool | np.bool_ | Mapping)
     except (TypeError, ValueError):
         written, valid, is_number = repr(sparsity), False, False
     if not is_number:

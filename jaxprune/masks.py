@@ -238,6 +238,7 @@ def as_bool(mask: Bool[Array, "..."] | PackedMask) -> Bool[Array, "..."]:
     """The boolean mask of one leaf, packed or not."""
     if not isinstance(mask, PackedMask):
         return mask
+    _check_bits(mask)
     if mask.axis is None:
         return mask.bits
     axis, bits = mask.axis, mask.bits
@@ -282,9 +283,23 @@ def _places(ndim: int, axis: int) -> UInt8[Array, "8 ..."]:
 def count_leaf(mask: Bool[Array, "..."] | PackedMask) -> _wide.Wide:
     """Weights that one mask keeps."""
     if isinstance(mask, PackedMask) and mask.axis is not None:
+        _check_bits(mask)
         return _wide.popcount(mask.bits)
     mask = as_bool(mask)
     return _wide.total(mask.astype(jnp.uint32), mask.size)
+
+
+def _check_bits(mask: PackedMask) -> None:
+    """Raises `ValueError` where bits of several masks stand for one."""
+    shape = list(mask.shape)
+    if mask.axis is not None:
+        shape[mask.axis] = -(-shape[mask.axis] // 8)
+    if tuple(mask.bits.shape) != tuple(shape):
+        raise ValueError(
+            f"masks: packed masks of shape {mask.shape} hold bits of shape "
+            f"{tuple(mask.bits.shape)}; expected {tuple(shape)}. States that jax.vmap has "
+            "stacked are read with jax.vmap(jaxprune.get_masks)(state), or one by one."
+        )
 
 
 def _is_packed(x) -> bool:

@@ -42,6 +42,10 @@ class Schedule:
                     f"{name}: got {steps!r}; expected a whole number of training steps, "
                     "written as an int."
                 )
+            if steps >= 2**31:
+                raise ValueError(
+                    f"{name}: got {steps}; expected below 2**31, as steps are int32."
+                )
         if not 0 <= self.begin <= self.end:
             raise ValueError(
                 f"begin, end: got begin={self.begin}, end={self.end}; expected "

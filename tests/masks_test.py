@@ -233,3 +233,16 @@ def test_masks_that_cannot_be_compared(function):
         function(a, {"w": GOOD, "v": GOOD})
     with pytest.raises(ValueError, match="the shapes at x are"):
         function({"x": GOOD, "y": None}, {"x": None, "y": GOOD})
+
+
+def test_states_that_vmap_has_stacked():
+    params = {"kernel": jnp.arange(64.0).reshape(16, 4)}
+    tx = jp.masked(optax.sgd(0.1), jp.static(0.5))
+    stacked = jax.vmap(tx.init)(jax.tree.map(lambda x: jnp.stack([x, -x, x]), params))
+    for read in (jp.get_masks, lambda s: jp.masks.count(s.method.masks)):
+        with pytest.raises(ValueError, match=r"jax.vmap\(jaxprune.get_masks\)"):
+            read(stacked)
+    with pytest.raises(ValueError, match="opt_state: holds 3 states stacked to one"):
+        jp.get_info(stacked)
+    found = jax.vmap(jp.get_masks)(stacked)["kernel"]
+    np.testing.assert_array_equal(found[0], jp.get_masks(tx.init(params))["kernel"])

@@ -120,11 +120,17 @@ def test_sparsity_by_leaf(allocation):
     _check(params, pruned, masks, expected)
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "global", "erk"])
+STRUCTURES = [jp.Unstructured(), jp.NM(1, 4), jp.Block(4, 4), jp.Channel()]
+
+
 @pytest.mark.parametrize(
-    "structure",
-    [jp.Unstructured(), jp.NM(1, 4), jp.Block(4, 4), jp.Channel()],
-    ids=lambda s: type(s).__name__,
+    ("structure", "allocation"),
+    [
+        pytest.param(s, a, id=f"{type(s).__name__}-{a}")
+        for s in STRUCTURES
+        for a in ("uniform", "global", "erk")
+        if not (isinstance(s, jp.Channel) and a == "global")
+    ],
 )
 def test_every_structure_with_every_allocation(structure, allocation):
     params = _params()
@@ -141,6 +147,17 @@ def test_every_structure_with_every_allocation(structure, allocation):
     )
     assert jp.masks.flipped(masks, masks_again) == 0
     jax.tree.map(np.testing.assert_array_equal, pruned, again)
+
+
+def test_channels_of_different_sizes_are_not_compared():
+    with pytest.raises(
+        ValueError, match="allocation: 'global' compares units .* 16 .* 24"
+    ):
+        jp.prune(_params(), 0.5, structure=jp.Channel(), allocation="global")
+    params = {"a": jnp.ones((4, 8)), "c": jnp.ones((4, 16)).at[:, 3].set(2)}
+    _, masks = jp.prune(params, 0.75, structure=jp.Channel(), allocation="global")
+    assert jp.masks.sparsity(masks) == 0.75
+    assert masks["c"][:, 3].all()
 
 
 @pytest.mark.parametrize(
@@ -401,3 +418,20 @@ def test_nothing_to_prune():
         jp.prune({"bias": jnp.ones(3)}, 0.5)
     with pytest.raises(ValueError, match=r"The floating-point leaves are: \(none\)"):
         jp.prune({"step": 3}, 0.5)
+
+
+def test_scores_of_rounds_must_be_finite():
+    params = {"kernel": jnp.arange(1.0, 33.0).reshape(8, 4)}
+    score = lambda p: jax.tree.map(lambda x: x / jnp.min(x), p)  # noqa: E731
+    with pytest.raises(
+        ValueError, match="score: in round 2 32 of the 32 scores of kernel"
+    ):
+        jp.prune_in_rounds(params, 0.9, score=score, rounds=4)
+    with pytest.raises(TypeError, match="score: got dict; expected a function"):
+        jp.prune_in_rounds(params, 0.9, score=params, rounds=4)
+
+
+@pytest.mark.parametrize("sparsity", [True, {"kernel": 0.5}])
+def test_what_is_no_sparsity(sparsity):
+    with pytest.raises(TypeError, match="sparsity: got .*; expected a Python number"):
+        jp.prune({"kernel": jnp.ones((4, 4))}, sparsity)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxprune import _prune, _tree
 from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation, exact
-from jaxprune.rounds._loop import Rounds, Train, run
+from jaxprune.rounds._loop import Rounds, Train, plan_all, run
 from jaxprune.structures import Structure, Unstructured
 
 
@@ -30,7 +30,8 @@ def imp(
     After `n` rounds `(1 - rate)**n` of the weights are left, rounded once from the whole
     and not round by round. With `rewind=0` these are lottery tickets; with a step `k`
     each round starts again from the weights that the dense network had at step `k`, in
-    its learning rates and data too; `None` trains on, without rewinding.
+    its learning rates and data too, but with a new optimizer state, unless `train` brings
+    one; `None` trains on, without rewinding.
 
     Args:
       train: trains parameters under masks; see `Train`.
@@ -66,11 +67,13 @@ def imp(
     """
     left = 1 - exact(rate, "rate")
     _prune.refuse_mapping(allocation)
+    goals = [1 - left**i for i in range(1, rounds + 1)]
+    plan_all(_tree.select(params, where), goals, structure, allocation)
 
     def choose(found: PyTree, masks: PyTree, number: int) -> PyTree:
         return _prune.prune(
             found,
-            1 - left**number,
+            goals[number - 1],
             score=remaining_magnitudes(found, masks),
             structure=structure,
             allocation=allocation,

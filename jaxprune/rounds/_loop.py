@@ -4,16 +4,19 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _tree, checkpoint
+from jaxprune import _prune, _tree, checkpoint
 from jaxprune import masks as mask_trees
 from jaxprune._tree import PyTree
+from jaxprune.allocation import Allocation
+from jaxprune.structures import Structure
 
 
 class Train(Protocol):
@@ -76,11 +79,10 @@ def run(
         raise ValueError(f"rounds: got {rounds}; expected at least 1.")
     if rewind is not None and rewind < 0:
         raise ValueError(f"rewind: got {rewind}; expected a step, or None.")
-    settings = dict(settings) | {"rewind": rewind, "where": where}
-    folder = open_folder(directory, params, settings)
-    masks = _tree.map_leaves(
-        lambda x: jnp.ones_like(x, bool), _tree.select(params, where)
-    )
+    chosen = _tree.select(params, where)
+    settings = dict(settings) | {"rewind": rewind}
+    folder = open_folder(directory, params, chosen, settings)
+    masks = _tree.map_leaves(lambda x: jnp.ones_like(x, bool), chosen)
     begin = rewind or 0
 
     def rewound():
@@ -112,12 +114,32 @@ def run(
     return Rounds(found, masks, start, tuple(sparsities))
 
 
+def plan_all(
+    chosen: PyTree,
+    sparsities: Sequence[Fraction],
+    structure: Structure,
+    allocation: Allocation,
+) -> None:
+    """Raises what a later round would raise, before the first one has trained."""
+    for sparsity in sparsities:
+        _prune.plan(
+            chosen, sparsity=sparsity, structure=structure, allocation=allocation
+        )
+
+
 def open_folder(
     directory: str | os.PathLike[str] | None,
     params: PyTree,
+    chosen: PyTree,
     settings: Mapping[str, Any],
 ) -> pathlib.Path | None:
     """The folder of a loop, whose settings are those that it was begun with.
+
+    Args:
+      directory: where it is, or `None`.
+      params: at initialisation.
+      chosen: the leaves that may be pruned.
+      settings: all else that decides what comes out.
 
     Raises:
       ValueError: naming what differs.
@@ -130,7 +152,14 @@ def open_folder(
         f"{p} {np.shape(x)}" for p, x in zip(*_tree.flatten(params)[:2], strict=True)
     ]
     sums = [zlib.crc32(np.asarray(x).tobytes()) for x in jax.tree.leaves(params)]
-    now = {k: repr(v) for k, v in settings.items()} | {"params": repr((names, sums))}
+    pruned = [
+        p for p, x in zip(*_tree.flatten(chosen)[:2], strict=True)
+        if not _tree.is_hole(x)
+    ]  # fmt: skip
+    now = {k: _spelled(v) for k, v in settings.items()} | {
+        "where": _spelled(pruned),
+        "params": _spelled((names, sums)),
+    }
     path = folder / "settings.json"
     if not path.exists():
         path.write_text(json.dumps(now))
@@ -144,6 +173,11 @@ def open_folder(
                 "choose another directory."
             )
     return folder
+
+
+def _spelled(x: Any) -> str:
+    """The same in every process: functions by their names, not their addresses."""
+    return getattr(x, "__qualname__", None) or repr(x)
 
 
 def kept(folder: pathlib.Path | None, name: str, like: PyTree, make) -> PyTree:

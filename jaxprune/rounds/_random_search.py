@@ -96,5 +96,6 @@ def random_search(
             "loss: gives NaN or infinity for every mask that was drawn. Check the loss of "
             "the dense parameters first."
         )
-    found = draw(keys[jnp.nanargmin(losses)])
+    best = jnp.nanargmin(jnp.where(jnp.isfinite(losses), losses, jnp.nan))
+    found = draw(keys[best])
     return Found(mask_trees.apply(params, found), found, losses)

@@ -14,7 +14,7 @@ from jaxprune import masks as mask_trees
 from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation, exact
 from jaxprune.rounds._imp import remaining_magnitudes
-from jaxprune.rounds._loop import Rounds, kept, open_folder
+from jaxprune.rounds._loop import Rounds, kept, open_folder, plan_all
 from jaxprune.structures import Structure, Unstructured
 
 
@@ -89,19 +89,17 @@ def sparse_model_soups(
             f"replicas, rounds: got {replicas}, {rounds}; expected at least 1 of each."
         )
     _prune.refuse_mapping(allocation)
-    density = float(1 - exact(sparsity))
-    folder = open_folder(directory, params, {
+    chosen = _tree.select(params, where)
+    plan_all(chosen, _goals(sparsity, rounds), structure, allocation)
+    folder = open_folder(directory, params, chosen, {
         "sparsity": sparsity, "key": jax.random.key_data(key).tolist(),
         "replicas": replicas, "rounds": rounds, "greedy": evaluate is not None,
-        "structure": structure, "allocation": allocation, "where": where,
+        "structure": structure, "allocation": allocation,
     })  # fmt: skip
     retrain = jax.jit(jax.vmap(train, (None, None, 0)))
-    masks = _tree.map_leaves(
-        lambda x: jnp.ones_like(x, bool), _tree.select(params, where)
-    )
+    masks = _tree.map_leaves(lambda x: jnp.ones_like(x, bool), chosen)
     soup_of_all, sparsities = params, [0.0]
-    for i in range(1, rounds + 1):
-        goal = exact(sparsity) if i == rounds else Fraction(1 - density ** (i / rounds))
+    for i, goal in enumerate(_goals(sparsity, rounds), 1):
         _, masks = _prune.prune(
             soup_of_all, goal, score=remaining_magnitudes(soup_of_all, masks),
             structure=structure, allocation=allocation, where=where,
@@ -119,6 +117,13 @@ def sparse_model_soups(
         soup_of_all = kept(folder, f"round_{i}", params, cook)
         sparsities.append(mask_trees.sparsity(masks))
     return Rounds(soup_of_all, masks, params, tuple(sparsities))
+
+
+def _goals(sparsity: float | Fraction, rounds: int) -> list[Fraction]:
+    """The sparsities of the rounds, at equal ratios of density."""
+    density = float(1 - exact(sparsity))
+    steps = [Fraction(1 - density ** (i / rounds)) for i in range(1, rounds)]
+    return [*steps, exact(sparsity)]
 
 
 def soup(

@@ -74,6 +74,13 @@ bdwp_matmul.defvjp(_forward, _backward)
 
 
 def _best(w: Array, structure: NM, axis: int) -> Array:
+    if not isinstance(structure, NM):
+        raise TypeError(f"structure: got {structure!r}; expected NM, such as NM(2, 8).")
+    if w.ndim != 2:
+        raise ValueError(
+            f"w: got shape {w.shape}; expected [inputs, outputs]. Map over stacked layers "
+            "with jax.vmap."
+        )
     along = dataclasses.replace(structure, axis=axis)
     along.units("w", w)  # refuses sizes that do not fit
     return jnp.where(along.best("w", jnp.abs(w)), w, 0)

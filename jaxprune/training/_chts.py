@@ -5,6 +5,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
@@ -24,7 +25,7 @@ from jaxprune.training._method import (
     replace_masks,
     start,
 )
-from jaxprune.training._prune_grow import KeyCarrier, check_drop
+from jaxprune.training._prune_grow import KeyCarrier, above_all, check_drop
 
 
 def chts(
@@ -61,7 +62,9 @@ def chts(
     Args:
       sparsity: share of the weights to prune, at last.
       key: draws the first masks, and at each update what stays and what grows.
-      begin: step of the first update.
+      begin: step of the first update. At step 0 the weights are as they were given, so that
+        those grown then keep their values, unless training begins from
+        `jaxprune.sparse_params(params, state)`.
       end: step of the last one; three quarters of the run in the authors' code.
       every: steps between updates.
       drop: share of the links that an update exchanges at first; 0.3 in the paper, and
@@ -94,11 +97,17 @@ def chts(
         raise ValueError(
             f"removal: got {removal!r}; expected 'magnitude' or 'relative'."
         )
-    if not all(t > 0 for t in temperature):
+    if np.shape(temperature) != (2,) or not all(t > 0 for t in temperature):
         raise ValueError(
             f"temperature: got {temperature}; expected two numbers above 0, as (1, 9)."
         )
+    exchanged = schedules.cosine(0.0, begin, end, every, drop)
     last = end if settle is None else settle
+    if settle is not None and initial is None:
+        raise ValueError(
+            f"settle: got {settle} without initial=; the sparsity is constant then. Give "
+            "initial=0.5 for CHTss, or leave settle out."
+        )
     if initial is not None and not begin <= last <= end:
         raise ValueError(
             f"settle: got {settle}; expected a step from begin={begin} to end={end}."
@@ -112,7 +121,6 @@ def chts(
             "falls from the initial to the final one."
         )
     target = _target.Target(decay, first, final, Unstructured(), allocation)
-    exchanged = schedules.cosine(0.0, begin, end, every, drop)
     sharpness = schedules.linear(temperature[1], begin, end, every, temperature[0])
     keys = KeyCarrier(key)
 
@@ -156,7 +164,7 @@ def chts(
                 for m, noise in zip(found, _gumbels(growing, weights), strict=True)
             ]
             leaves = list(zip(grown, found, strict=True))
-            found = _prune.decide(plan, kept, _above_all, leaves)
+            found = _prune.decide(plan, kept, above_all, leaves)
             return replace_masks(state, found, params)
 
         return lax.cond(
@@ -246,7 +254,3 @@ def _keep_best(plan, kept, scores, found) -> list[Bool[Array, "..."]]:
 
 def _only_active(scores: Array, mask: Bool[Array, "..."]) -> Array:
     return jnp.where(mask, scores, -jnp.inf)
-
-
-def _above_all(scores: Array, mask: Bool[Array, "..."]) -> Array:
-    return jnp.where(mask, jnp.inf, scores)

@@ -125,7 +125,8 @@ def merge_moments(clients: Sequence[Moments]) -> Moments:
     _shares(clients, None)
     total, mean, var = clients[0]
     for count, other, spread in clients[1:]:
-        share = count / jnp.maximum(total + count, 1)
+        both = total + count
+        share = jnp.where(both > 0, count / jnp.where(both > 0, both, 1), 0)
         apart = other - mean
         var = var + share * (spread - var) + share * (1 - share) * apart**2
         total, mean = total + count, mean + share * apart

@@ -140,7 +140,7 @@ def sdgf(
             target.plan(params)  # a stage that does not fit is refused here
         first = all_kept(params)
         if begin == 0:
-            first = targets[0].decide(params, 0, score)
+            first = targets[-1 if end == 0 else 0].decide(params, 0, score)
         return start(_target.scaffold(params, first), params)
 
     def update(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:

@@ -36,7 +36,7 @@ def granet(
     *,
     begin: int = 0,
     end: int | None = None,
-    every: int = 1,
+    every: int = 100,
     initial: float | Fraction = 0.0,
     until: int | None = None,
     drop: float = 0.5,
@@ -84,12 +84,18 @@ def granet(
     target = _target.rising(
         sparsity, structure, allocation,
         begin=begin, end=end, every=every, initial=initial, method="granet",
+        usual=100,
     )  # fmt: skip
     rise = target.schedule
     last = rise.end if until is None else until
     if last < rise.end:
         raise ValueError(
             f"until: got {until}; expected a step of at least end={rise.end}."
+        )
+    if key is not None and not target.initial:
+        raise ValueError(
+            "key: got one with initial=0, where there are no masks to draw. Give initial=0.5 "
+            "to train sparse to sparse, or leave the key out."
         )
     exchanged = schedules.cosine(min(0.005, drop), rise.begin, last, rise.every, drop)
     keys = None if key is None else KeyCarrier(key)

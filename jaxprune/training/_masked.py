@@ -47,10 +47,17 @@ def masked(
     """Trains with `inner` while a method, or fixed masks, keep weights at zero.
 
     After `optax.apply_updates` every pruned, finite weight is exactly 0; there is no
-    second call to remember. Moments of weights whose mask changes go back to what
-    `inner.init` gave them, and copies of the weights inside `inner` (schedule-free's z,
-    prodigy's start) follow the mask. They are found in the optimizer state by path and
-    shape; what has neither, such as adafactor's factored moments, is left alone.
+    second call to remember. The exception are methods that keep dense weights behind the
+    mask (`ste`, `sr_ste`, `mdgf`, `sdgf`, `top_kast`, `pdp`, `soft_top_k`): their weights
+    are 0 in `sparse_params` only, which the loss must see.
+
+    Moments of weights whose mask changes go back to what `inner.init` gave them, and
+    copies of the weights inside `inner` (schedule-free's z, prodigy's start) follow the
+    mask. They are found in the optimizer state by path and shape; what has neither, such
+    as adafactor's factored moments, is left alone. A step count that all weights share
+    goes on: late in a run, the bias correction of adam no longer holds new second moments
+    up, and the first steps of a weight that has just grown are several times as long as
+    those of the others.
 
     Args:
       inner: the optimizer. It receives all extra arguments.
@@ -77,6 +84,16 @@ def masked(
       >>> (params["kernel"] != 0).tolist()
       [[True, False], [False, True]]
     """
+    if isinstance(inner, Method) or not hasattr(inner, "update"):
+        raise TypeError(
+            f"inner: got {_briefly(inner)}; expected an optax optimizer, as in "
+            "jaxprune.masked(optax.adamw(3e-4), jaxprune.gmp(0.9, end=800))."
+        )
+    if isinstance(method_or_masks, optax.GradientTransformation):
+        raise TypeError(
+            "method_or_masks: got an optax optimizer; expected a method or masks. The "
+            "optimizer comes first: jaxprune.masked(optimizer, method)."
+        )
     inner = optax.with_extra_args_support(inner)
     if isinstance(method_or_masks, Method):
         method, fixed = method_or_masks, None
@@ -156,6 +173,9 @@ def masked(
 def get_masks(opt_state: PyTree) -> PyTree:
     """The boolean masks, wherever in `opt_state` the state of `masked` stands.
 
+    While masks are soft (`pdp`, `soft_top_k`) or pruned weights fade (`mdgf`), these are
+    the weights that would be kept now; `sparse_params` is what the forward pass sees.
+
     Works on chains, `partition` (the masks of its parts are joined), `MultiSteps`,
     `TrainState` and `nnx.Optimizer`.
 
@@ -178,12 +198,19 @@ def get_info(opt_state: PyTree) -> dict[str, Any]:
       `nonfinite` weights at the last update. Counts are Python integers and exact.
 
     Raises:
-      ValueError: if there is no state of `masked` in `opt_state`.
+      ValueError: if there is no state of `masked` in `opt_state`, or several that
+        `jax.vmap` has stacked.
     """
     kept: dict[str, int] = {}
     total = flipped = nonfinite = step = 0
     changed = False
     for state in _states(opt_state):
+        if jnp.ndim(state.method.step):
+            raise ValueError(
+                f"opt_state: holds {state.method.step.size} states stacked to one, as by "
+                "jax.vmap; expected one. Pick it out, as with "
+                "jax.tree.map(lambda x: x[0], opt_state)."
+            )
         paths, leaves, _ = _tree.flatten(
             jax.tree.map(
                 lambda m: _Shape(m.shape), state.method.masks, is_leaf=_is_packed
@@ -223,6 +250,12 @@ def sparse_params(params: PyTree, opt_state: PyTree) -> PyTree:
         own = state.method._replace(masks=found)
         params = _merge(params, state.view(_only_masked(params, found), own))
     return params
+
+
+def _briefly(x: Any) -> str:
+    if isinstance(x, Method):
+        return "a method"
+    return getattr(x, "__name__", None) or f"a {type(x).__name__}"
 
 
 def _join(a: PyTree, b: PyTree) -> PyTree:

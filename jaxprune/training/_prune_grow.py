@@ -1,12 +1,13 @@
 """Prune-and-grow: what all methods share whose masks move at constant sparsity."""
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import core, lax
 from jaxtyping import Array, Bool, Float, Key, UInt32
 
 from jaxprune import _prune, _select, _wide, masks, schedules
@@ -105,9 +106,13 @@ def exchange(
     # NaN ranks below what is pruned: nothing may stay that was not there.
     stay = [a & b for a, b in zip(stay, found, strict=True)]
     leaves = list(zip(growth, stay, strict=True))
-    return _prune.decide(
-        plan, kept, lambda x, m: jnp.where(m, jnp.inf, score(x)), leaves
-    )
+    return _prune.decide(plan, kept, lambda x, m: above_all(score(x), m), leaves)
+
+
+def above_all(scores: Array, mask: Bool[Array, "..."]) -> Array:
+    """`scores`, and infinity for what `mask` keeps; nothing else is infinite."""
+    most = jnp.finfo(scores.dtype).max
+    return jnp.where(mask, jnp.inf, jnp.where(scores == jnp.inf, most, scores))
 
 
 def largest(
@@ -123,9 +128,9 @@ def largest(
 
 def check_drop(drop: float) -> None:
     """Raises `ValueError` unless `drop` is a share."""
-    if not 0 <= drop <= 1:
+    if not isinstance(drop, numbers.Real) or not 0 <= drop <= 1:
         raise ValueError(
-            f"drop: got {drop}; expected the share of active weights that an update "
+            f"drop: got {drop!r}; expected the share of active weights that an update "
             "exchanges, in [0, 1]; 0.3 is usual."
         )
 
@@ -138,8 +143,10 @@ class KeyCarrier:
             raise TypeError(
                 f"key: got {key!r}; expected one made by jax.random.key(0)."
             )
+        with jax.ensure_compile_time_eval():
+            data = jax.random.key_data(key)
         # On the host: a state may be donated, the caller's key may not.
-        self._data = np.asarray(jax.random.key_data(key))
+        self._data = data if isinstance(data, core.Tracer) else np.asarray(data)
         self._impl = jax.random.key_impl(key)
 
     @property

@@ -40,7 +40,9 @@ def rigl(
     Args:
       sparsity: share of the weights to prune, constant; may be left out with `NM`.
       key: draws the initial masks.
-      begin: step of the first exchange.
+      begin: step of the first exchange. At step 0 the weights are as they were given, so that
+        those grown then keep their values, unless training begins from
+        `jaxprune.sparse_params(params, state)`.
       end: step of the last one; the paper's is at three quarters of the run.
       every: steps between exchanges.
       drop: share of the active weights of each leaf that is exchanged at first.

@@ -33,7 +33,9 @@ def set_(
     Args:
       sparsity: share of the weights to prune, constant; may be left out with `NM`.
       key: draws the initial masks, and what grows.
-      begin: step of the first exchange.
+      begin: step of the first exchange. At step 0 the weights are as they were given, so that
+        those grown then keep their values, unless training begins from
+        `jaxprune.sparse_params(params, state)`.
       end: step of the last one, at which the share has fallen to 0 on half a cosine.
         `None` goes on at the same share for good.
       every: steps between exchanges.

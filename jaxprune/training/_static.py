@@ -65,6 +65,8 @@ def static(
     target = _target.fixed(sparsity, structure, allocation)
     if key is not None:
         KeyCarrier(key)  # refuses what is no key
+    if until is not None:
+        _target.whole_step("until", until)
     if until is not None and until < 1:
         raise ValueError(f"until: got {until}; expected a step of at least 1, or None.")
 

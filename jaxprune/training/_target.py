@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtyping import Array, Bool, Int, Key
 from jaxprune import _prune, _wide, schedules, scores
 from jaxprune._tree import PyTree
 from jaxprune._wide import Wide
-from jaxprune.allocation import Allocation, exact
+from jaxprune.allocation import Allocation, allocate, exact
 from jaxprune.schedules import Schedule
 from jaxprune.structures import NM, Structure
 from jaxprune.training._method import arrays
@@ -53,6 +54,8 @@ class Target:
         )
         allocation = "uniform" if fixed else self.allocation
         first = self._plan(params, self.initial, allocation).kept
+        # A leaf whose own final sparsity is below the initial one keeps that throughout.
+        first = [max(a, b) for a, b in zip(first, last, strict=True)]
         return [
             _wide.interpolate(a, b, self.schedule.fraction(step))
             for a, b in zip(first, last, strict=True)
@@ -109,6 +112,9 @@ def fixed(
     Raises:
       ValueError: if the sparsity is outside [0, 1), or the steps make no schedule.
     """
+    _check_name(allocation)
+    if sparsity is None and not isinstance(structure, NM):
+        _check_mapping(allocation)
     final = None if sparsity is None else exact(sparsity)
     end = FOREVER if end is None else end
     schedule = schedules.cubic(0.0, begin, end, every)
@@ -126,15 +132,18 @@ def rising(
     initial: float | Fraction,
     method: str,
     ramp: Callable[..., Schedule] = schedules.cubic,
+    usual: int = 1,
 ) -> Target:
     """Counts on a ramp, the cubic of Zhu & Gupta, or on a schedule given as sparsity.
+
+    `usual` is the default of `every`, which a schedule takes the place of.
 
     Raises:
       ValueError: if a schedule is given twice, `end` or the sparsity is missing, or a
         value is out of range.
     """
     if isinstance(sparsity, Schedule):
-        if (begin, end, every, initial) != (0, None, 1, 0.0):
+        if (begin, end, every, initial) != (0, None, usual, 0.0):
             raise ValueError(
                 "sparsity: got a Schedule together with begin, end, every or initial; the "
                 "schedule holds those. Leave them out, or give sparsity as a number."
@@ -156,6 +165,7 @@ def rising(
             )
         final = sparsity
         schedule = ramp(0.0, begin, end, every)
+    _check_name(allocation)
     first, last = exact(initial, "initial"), exact(final, "sparsity")
     if first > last:
         raise ValueError(
@@ -163,6 +173,20 @@ def rising(
             f"{method} prunes more and more."
         )
     return Target(schedule, first, last, structure, allocation)
+
+
+def _check_name(allocation: Any) -> None:
+    """Raises `ValueError` for a name that is none, before there are leaves."""
+    if isinstance(allocation, str):
+        allocate(allocation, {}, 0)
+
+
+def _check_mapping(allocation: Allocation) -> None:
+    """Raises `ValueError` where nothing says how much is pruned."""
+    if not isinstance(allocation, Mapping):
+        raise ValueError(
+            f"sparsity: got None; expected a number in [0, 1) with allocation={allocation!r}."
+        )
 
 
 def until_hard(
@@ -173,6 +197,7 @@ def until_hard(
     Raises:
       ValueError: if `harden` comes before the ramp ends.
     """
+    whole_step("harden", harden)
     if harden < ramp.end:
         raise ValueError(
             f"harden: got {harden}; expected a step of at least end={ramp.end}."
@@ -183,6 +208,15 @@ def until_hard(
         return (regular & (step < harden)) | (step == ramp.end) | (step == harden)
 
     return due
+
+
+def whole_step(name: str, step: object) -> None:
+    """Raises `TypeError` unless `step` is a whole number."""
+    if not hasattr(step, "__index__"):
+        raise TypeError(
+            f"{name}: got {step!r}; expected a whole number of training steps, written as "
+            "an int."
+        )
 
 
 def scaffold(params: PyTree, found: Sequence[Array]) -> PyTree:

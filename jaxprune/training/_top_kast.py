@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -80,6 +81,8 @@ def top_kast(
             "N:M does not say which further weights the backward pass uses."
         )
     _prune.refuse_mapping(allocation)
+    if until is not None:
+        _target.whole_step("until", until)
     if until is not None and until < 0:
         raise ValueError(f"until: got {until}; expected a step, or None.")
     if not decay >= 0:
@@ -89,24 +92,25 @@ def top_kast(
     scale = 1 / float(1 - forward_share)
 
     def init(params: PyTree) -> MethodState:
-        learning = wider.first(params, score=score)
-        return start(
-            forward.first(params, score=score),
-            params,
-            packed_masks(masks.pack(learning)),
-        )
+        used = forward.first(params, score=score)
+        # The allocation may give a leaf more weights forward than backward.
+        learning = jax.tree.map(jnp.logical_or, used, wider.first(params, score=score))
+        return start(used, params, packed_masks(masks.pack(learning)))
 
     def update(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
         step = state.step
 
         def choose(state: MethodState) -> MethodState:
             state = replace_masks(state, forward.decide(params, step, score), params)
-            found = wider.decide(params, step, score)
-            if until is not None:
-                found = [
-                    jnp.where(step >= until, masks.as_bool(a), b)
-                    for a, b in zip(packed_masks(state.masks), found, strict=True)
-                ]
+            explores = jnp.bool_(True) if until is None else step < until
+            found = [
+                masks.as_bool(a) | (b & explores)
+                for a, b in zip(
+                    packed_masks(state.masks),
+                    wider.decide(params, step, score),
+                    strict=True,
+                )
+            ]
             return state._replace(
                 own=[
                     masks.repack(m, like)

@@ -328,3 +328,47 @@ def test_random_search_takes_the_best_of_what_it_drew():
 def test_bad_options_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(Train())
+
+
+def test_the_same_leaves_and_functions_go_on_in_the_same_folder(tmp_path):
+    params = {"a": jnp.arange(1.0, 17.0).reshape(4, 4), "c": jnp.ones((4, 4))}
+    runs = []
+
+    def train(params, masks, *, start, stop):
+        runs.append(start)
+        return jp.masks.apply(params, masks)
+
+    def allocation(shapes, sparsity):
+        return dict.fromkeys(shapes, sparsity)
+
+    for where in (lambda path, leaf: path == "a", ["a"], "a"):
+        found = jp.rounds.imp(
+            train, params, rounds=2, where=where, allocation=allocation,
+            directory=tmp_path / "imp",
+        )  # fmt: skip
+        assert found.masks["c"] is None
+    assert len(runs) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"structure": jp.NM(2, 4)}, "contradicts NM"),
+        ({"structure": jp.Block(3, 3)}, "does not divide"),
+        ({"allocation": "eerk"}, "allocation: got 'eerk'"),
+    ],
+)
+def test_what_a_later_round_would_refuse_is_refused_at_once(options, message):
+    def train(params, masks, *, start, stop):
+        raise AssertionError("nothing may be trained")
+
+    def cook(params, masks, key):
+        raise AssertionError("nothing may be trained")
+
+    params = {"a": jnp.ones((8, 8))}
+    with pytest.raises(ValueError, match=message):
+        jp.rounds.imp(train, params, rounds=5, **options)
+    with pytest.raises(ValueError, match=message):
+        jp.rounds.sparse_model_soups(
+            cook, params, 0.8, key=jax.random.key(0), rounds=3, **options
+        )

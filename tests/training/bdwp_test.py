@@ -68,3 +68,11 @@ def test_sizes_that_do_not_fit_are_refused(shape):
 
     with pytest.raises(ValueError, match="does not divide"):
         jax.grad(run, (0, 1))(jnp.ones((2, shape[0])), jnp.ones(shape))
+
+
+def test_what_is_no_matrix_or_pattern_is_refused():
+    x, w = jnp.ones((4, 8)), jnp.ones((8, 8))
+    with pytest.raises(TypeError, match="structure: got Unstructured"):
+        jp.training.bdwp_matmul(x, w, jp.Unstructured())
+    with pytest.raises(ValueError, match=r"w: got shape \(2, 8, 8\)"):
+        jp.training.bdwp_matmul(x, jnp.stack([w, w]), NM)

@@ -133,6 +133,9 @@ def test_chtss_prunes_by_relative_importance():
     [
         ({"removal": "weight"}, "removal: got 'weight'"),
         ({"temperature": (0, 1)}, "temperature: got"),
+        ({"temperature": 9.0}, "temperature: got 9.0"),
+        ({"settle": 50}, "settle: got 50 without initial="),
+        ({"initial": 0.5, "begin": 200}, "0 <= begin <= end"),
         ({"initial": 0.5, "settle": 200}, "settle: got 200"),
         ({"drop": 2}, "drop: got 2"),
     ],

@@ -70,6 +70,14 @@ def test_merged_moments_are_those_of_all_examples():
     np.testing.assert_allclose(found.var, everything.var(0), rtol=1e-4)
 
 
+def test_examples_may_be_weights():
+    halves = [jp.training.Moments(jnp.float32(0.25), jnp.float32(x), jnp.float32(0))
+              for x in (1, 3)]  # fmt: skip
+    nothing = jp.training.Moments(jnp.float32(0), jnp.float32(5), jnp.float32(1))
+    found = jp.training.merge_moments([nothing, *halves, nothing])
+    assert [float(x) for x in found] == [0.5, 2.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -373,7 +373,12 @@ METHODS = [
     _row(
         "soft_top_k-channel",
         lambda: jp.soft_top_k(
-            FINAL, begin=1, end=1, harden=END, structure=jp.Channel()
+            FINAL,
+            begin=1,
+            end=1,
+            harden=END,
+            structure=jp.Channel(),
+            allocation="uniform",
         ),
         None,
         END,

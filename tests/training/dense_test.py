@@ -244,3 +244,21 @@ def test_tasks_name_what_they_cannot_protect():
 def test_bad_options_are_refused(factory, message):
     with pytest.raises((ValueError, TypeError), match=message):
         factory()
+
+
+def test_top_kast_learns_all_that_it_uses():
+    """Also where the allocation gives a leaf more forward than backward."""
+
+    def allocation(shapes, sparsity):
+        return dict.fromkeys(shapes, 0.2 if sparsity > 0.5 else 0.9)
+
+    method = jp.top_kast(0.9, backward=0.4, every=2, allocation=allocation)
+    tx = jp.masked(optax.sgd(0.1), method)
+    params = {"kernel": jax.random.normal(jax.random.key(0), (16, 8))}
+    state = jax.jit(tx.init)(params)
+    for _ in range(3):
+        updates, state = jax.jit(tx.update)(params, state, params)
+        used = jp.get_masks(state)["kernel"]
+        (learns,) = (jp.masks.unpack(m) for m in state.method.own)
+        assert bool(jnp.all(learns | ~used))
+        assert int(used.sum()) == 102

@@ -1,6 +1,7 @@
 """What `gmp` does beyond the promises of every method."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -68,3 +69,17 @@ def test_a_mapping_needs_the_sparsity_of_the_others():
 def test_end_is_needed():
     with pytest.raises(ValueError, match=r"end: got None; expected the step"):
         jp.gmp(0.5)
+
+
+def test_a_leaf_does_not_grow_denser():
+    """Its own sparsity may lie below the initial one of the others."""
+    params = {"a": jnp.arange(64.0).reshape(8, 8), "c": jnp.ones((8, 8))}
+    method = jp.gmp(0.9, initial=0.6, end=4, allocation={"a": 0.25})
+    tx = jp.masked(optax.sgd(0.0), method)
+    state = jax.jit(tx.init)(params)
+    kept = [jp.get_info(state)["kept"]]
+    for _ in range(6):
+        _, state = jax.jit(tx.update)(params, state, params)
+        kept.append(jp.get_info(state)["kept"])
+    assert [k["a"] for k in kept] == [48] * 7
+    assert (kept[0]["c"], kept[-1]["c"]) == (26, 6)

@@ -468,12 +468,6 @@ def test_masks_and_where():
             r"layer/kernel: sparsity 0\.9 contradicts NM\(n=2, m=4.*0\.5",
             id="nm-sparsity",
         ),
-        pytest.param(
-            jp.static(),
-            None,
-            r"sparsity: got None; expected a number",
-            id="no-sparsity",
-        ),
     ],
 )
 def test_methods_that_do_not_fit(method, where, message):
@@ -512,6 +506,11 @@ def test_schedules_that_do_not_make_sense(options, message):
         jp.gmp(**options)
 
 
+def test_sparsity_is_needed():
+    with pytest.raises(ValueError, match="sparsity: got None; expected a number"):
+        jp.static()
+
+
 def test_sparsity_of_the_wrong_type():
     with pytest.raises(TypeError, match="sparsity: got 'half'"):
         jp.gmp("half", end=3)
@@ -521,3 +520,22 @@ def test_sparsity_of_the_wrong_type():
 def test_no_state_to_find(read):
     with pytest.raises(ValueError, match="holds no state of jaxprune.masked"):
         read(optax.adam(0.1).init(make_params()))
+
+
+@pytest.mark.parametrize(
+    ("inner", "method", "message"),
+    [
+        (jp.gmp(0.5, end=9), optax.sgd(0.1), "inner: got a method; expected an optax"),
+        (optax.sgd, jp.gmp(0.5, end=9), "inner: got sgd; expected an optax optimizer"),
+        (optax.sgd(0.1), optax.sgd(0.1), "method_or_masks: got an optax optimizer"),
+    ],
+)
+def test_arguments_in_the_wrong_place(inner, method, message):
+    with pytest.raises(TypeError, match=message):
+        jp.masked(inner, method)
+
+
+def test_a_score_that_is_no_function():
+    tx = jp.masked(optax.sgd(0.1), jp.gmp(0.5, initial=0.1, end=3, score="magnitude"))
+    with pytest.raises(TypeError, match="score: got str; expected a function of one"):
+        tx.init({"kernel": jnp.ones((4, 4))})

@@ -305,11 +305,52 @@ def test_static_random_masks_depend_on_the_key_alone():
     assert (a != c).any()
 
 
+def test_a_key_may_be_traced():
+    """In a factory of `inject_hyperparams`, and mapped over seeds."""
+    params = {"kernel": make()}
+
+    def wrap(learning_rate):
+        method = jp.rigl(0.5, key=KEY, end=9, every=2)
+        return jp.masked(optax.sgd(learning_rate), method)
+
+    tx = optax.inject_hyperparams(wrap)(learning_rate=0.1)
+    state = jax.jit(tx.init)(params)
+    for _ in range(3):
+        _, state = jax.jit(tx.update)(params, state, params)
+    assert jp.get_info(state)["flipped"] > 0
+
+    def masks_of_seed(key):
+        method = jp.rigl(0.5, key=key, end=9, every=2)
+        return jp.get_masks(jp.masked(optax.sgd(0.1), method).init(params))["kernel"]
+
+    keys = jax.random.split(KEY, 3)
+    found = jax.jit(jax.vmap(masks_of_seed))(keys)
+    for mask, key in zip(found, keys, strict=True):
+        np.testing.assert_array_equal(mask, masks_of_seed(key))
+
+
+def test_infinite_gradients_grow_no_more_than_others():
+    tx = masked(optax.sgd(0.0), jp.rigl(0.5, key=KEY, end=100, drop=0.1))
+    params = {"kernel": make()}
+    state = tx.init(params)
+    before = masks_of(state)
+    grads = jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), params)
+    _, state = tx.update(grads, state, params)
+    lost = (before & ~masks_of(state)).sum()
+    assert 0 < lost <= round(0.1 * before.sum())
+
+
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
         (lambda: jp.rigl(0.5, key=0, end=9), "key: got 0; expected one made by"),
         (lambda: jp.rigl(0.5, key=KEY, end=9, drop=1.5), "drop: got 1.5"),
+        (lambda: jp.rigl(0.5, key=KEY, end=9, drop="a"), "drop: got 'a'"),
+        (lambda: jp.rigl(key=KEY, end=9), "sparsity: got None"),
+        (lambda: jp.rigl(0.5, key=KEY, end=9, allocation="eerk"), "got 'eerk'"),
+        (lambda: jp.gmp(0.5, end=9, allocation="eerk"), "allocation: got 'eerk'"),
+        (lambda: jp.gmp(0.5, end=2**31), "end: got 2147483648; expected below 2"),
+        (lambda: jp.granet(0.5, end=9, key=KEY), "key: got one with initial=0"),
         (lambda: jp.rigl(1.5, key=KEY, end=9), "sparsity: got 1.5"),
         (lambda: jp.set_(0.5, key=KEY, begin=5, end=2), "0 <= begin <= end"),
         (lambda: jp.granet(0.5, end=9, until=5), "until: got 5"),

@@ -287,3 +287,17 @@ def test_only_what_is_chosen_is_penalised(penalty):
 def test_bad_options_are_refused(factory, message):
     with pytest.raises(ValueError, match=message):
         factory()
+
+
+@pytest.mark.parametrize(
+    ("factory", "name"),
+    [
+        (lambda: jp.pdp(0.5, end=2, harden=3.5), "harden: got 3.5"),
+        (lambda: jp.soft_top_k(0.5, end=2, harden=None), "harden: got None"),
+        (lambda: jp.static(0.5, until=2.5), "until: got 2.5"),
+        (lambda: jp.top_kast(0.5, backward=0.4, until=2.5), "until: got 2.5"),
+    ],
+)
+def test_steps_are_whole(factory, name):
+    with pytest.raises(TypeError, match=f"{name}; expected a whole number"):
+        factory()
