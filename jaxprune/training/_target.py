@@ -177,7 +177,7 @@ def rising(
 
 def _check_name(allocation: Any) -> None:
     """Raises `ValueError` for a name that is none, before there are leaves."""
-    if isinstance(allocation, str):
+    if not (isinstance(allocation, Mapping) or callable(allocation)):
         allocate(allocation, {}, 0)
 
 
