@@ -14,6 +14,7 @@ for 2:4 (whose passes rank four weights each) and less for blocks (one pass of s
 
 import argparse
 import random
+import resource
 import statistics
 import time
 
@@ -69,13 +70,18 @@ class Variant:
         self.memory = self.program.memory_analysis().temp_size_in_bytes
         self.bytes = sum(x.nbytes for x in jax.tree.leaves(state))
         self.params, self.state = jax.tree.map(jnp.copy, (params, state))
-        self.seconds = []
+        self.seconds, self.faults = [], []
 
     def run(self):
-        start = time.perf_counter()
+        before, start = _page_faults(), time.perf_counter()
         self.params, self.state = self.program(self.params, self.state, self.batch)
         jax.block_until_ready((self.params, self.state))
         self.seconds.append(time.perf_counter() - start)
+        self.faults.append(_page_faults() - before)
+
+
+def _page_faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def variants(params, batch, rounds):

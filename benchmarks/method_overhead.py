@@ -1,4 +1,4 @@
-"""What each method costs in a training step, on a step with an update and without.
+r"""What each method costs in a training step, on a step with an update and without.
 
 The MLP of `masked_overhead.py` (11 M parameters) and the bare optimizer in the same run:
 all variants take turns in random order, and each figure is the median over rounds of the
@@ -6,6 +6,16 @@ ratio to the plain step of the same round. The forward view stands in the loss w
 weights are dense behind the mask; where they are 0 themselves, no view is needed.
 
     python benchmarks/method_overhead.py [--rounds 15] [--only rigl ste]
+
+XLA takes all temporaries of a program from the C library at once, at each execution. glibc
+hands back to the system what is larger than 32 MB, so that every page of it must be made
+again in the next step: some 12 ms in 70 on the machine this was written on, and the bare
+optimizer here stays just below. The column of page faults (thousands, on a step without an
+update) shows who is struck; to measure methods and not the C library, tell it to keep what
+it has:
+
+    MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 \
+        MALLOC_TOP_PAD_=1000000000 python benchmarks/method_overhead.py
 
 Expected before measuring: off their update steps, prune-and-grow methods within 1.05 of
 the optimizer; the STE family up to 1.15 (a masked copy of the weights is made in the
@@ -86,14 +96,19 @@ def main() -> None:
     bits = {v.name: 8 * (v.bytes - found[0].bytes) / size for v in found}
     print(f"{size / 1e6:.2f} M parameters, {args.rounds} rounds, jax {jax.__version__}, "
           f"{jax.devices()[0].device_kind}\n")  # fmt: skip
+    faults = {v.name: statistics.median(v.faults) / 1e3 for v in found}
+    print(
+        f"Page faults in a step of the bare optimizer: {faults['optax.adamw']:.1f} k\n"
+    )
     print("| method | no update | update | every 20 steps | every 100 steps | "
-          "temporaries / adamw | state, bits a weight |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|")
+          "temporaries / adamw | state, bits a weight | page faults, k |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|")
     for name in args.only:
         off, on = (statistics.median(turns[f"{name} {e}"]) for e in (NEVER, 1))
         cells = [off, on, (19 * off + on) / 20, (99 * off + on) / 100]
         print(f"| {name} | " + " | ".join(f"{x:.2f}" for x in cells) +
-              f" | {memory[f'{name} 1']:.2f} | {bits[f'{name} 1']:.1f} |")  # fmt: skip
+              f" | {memory[f'{name} 1']:.2f} | {bits[f'{name} 1']:.1f} | "
+              f"{faults[f'{name} {NEVER}']:.1f} |")  # fmt: skip
 
 
 if __name__ == "__main__":

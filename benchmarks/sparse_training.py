@@ -1,9 +1,9 @@
 """Every sparse training method on Fashion-MNIST, with the same training.
 
-An MLP 784-512-256-10 without biases and a small CNN; adamw with learning rate 1e-3 and
-weight decay 1e-4, batches of 128, 8 epochs (the CNN 4), seeds 0 to 2. All methods have
-their default settings, updates every 100 steps where they have a say, and the masks
-final after three quarters of the run. A run is a line of the results file, and a run
+An MLP 784-512-256-10 without biases, the same with the mean image taken from its inputs,
+and a small CNN; adamw with learning rate 1e-3 and weight decay 1e-4, batches of 128,
+8 epochs (the CNN 4), seeds 0 to 2. All methods have their default settings, updates every
+100 steps where they have a say, and the masks final after three quarters of the run. A run is a line of the results file, and a run
 that is there is not repeated: stop it whenever you like.
 
     python benchmarks/sparse_training.py                    # runs what is missing
@@ -45,7 +45,7 @@ SEEDS = (0, 1, 2)
 BATCH = 128
 SIZES = (784, 512, 256, 10)
 CHANNELS = (1, 16, 32, 64)
-EPOCHS = {"mlp": 8, "cnn": 4}
+EPOCHS = {"mlp": 8, "centred mlp": 8, "cnn": 4}
 
 
 class Case(NamedTuple):
@@ -73,6 +73,7 @@ MORE = [
     Case(allocation="uniform"),
     Case(sparsity=0.5, allocation="uniform", structure="2:4"),
     Case(allocation="uniform", structure="16x16"),
+    Case("centred mlp"),
     Case("cnn"),
     Case("cnn", 0.95),
 ]
@@ -236,7 +237,7 @@ def where(case: Case) -> Any:
 def init(case: Case, seed: int) -> dict:
     keys = iter(jax.random.split(jax.random.key(seed), 8))
     he = jax.nn.initializers.he_normal()
-    if case.model == "mlp":
+    if case.model != "cnn":
         shapes = {f"dense_{i}": s for i, s in enumerate(itertools.pairwise(SIZES))}
     else:
         shapes = {
@@ -246,7 +247,7 @@ def init(case: Case, seed: int) -> dict:
 
 
 def network(case: Case) -> Callable:
-    return mlp if case.model == "mlp" else cnn
+    return cnn if case.model == "cnn" else mlp
 
 
 def mlp(params: dict, images: jax.Array) -> jax.Array:
@@ -259,13 +260,19 @@ def mlp(params: dict, images: jax.Array) -> jax.Array:
 def cnn(params: dict, images: jax.Array) -> jax.Array:
     x = images[..., None]
     for i, stride in enumerate((2, 2, 1)):
-        kernel = params[f"conv_{i}"]["kernel"]
-        x = lax.conv_general_dilated(
-            x, kernel, (stride, stride), "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )  # fmt: skip
-        x = jax.nn.relu(x)
+        x = jax.nn.relu(convolution(x, params[f"conv_{i}"]["kernel"], stride))
     return x.mean((1, 2)) @ params["dense"]["kernel"]
+
+
+def convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """3 x 3 with a border of zeros, as one matmul: many times faster backward on a CPU."""
+    height, width = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    seen = [
+        x[:, i : i + height : stride, j : j + width : stride]
+        for i, j in itertools.product(range(3), range(3))
+    ]
+    return jnp.concatenate(seen, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 class Trainer:
@@ -329,7 +336,9 @@ def orders(seed: int, examples: int) -> Iterator[np.ndarray]:
 
 def run(name: str, case: Case, seed: int, data) -> dict:
     images, labels = data["train"]
-    trainer = Trainer(name, case, seed, images, labels)
+    # Pixels are positive; less the mean image, an input is as often below 0 as above.
+    mean = images.mean(0) if case.model == "centred mlp" else 0
+    trainer = Trainer(name, case, seed, images - mean, labels)
     stream = orders(seed, len(images))
     start = time.perf_counter()
     for _ in range(EPOCHS[case.model]):
@@ -338,7 +347,7 @@ def run(name: str, case: Case, seed: int, data) -> dict:
     seconds = time.perf_counter() - start
     images, labels = data["test"]
     seen = jp.sparse_params(trainer.params, trainer.opt_state)
-    right = np.asarray(trainer.logits(seen, images)).argmax(-1) == labels
+    right = np.asarray(trainer.logits(seen, images - mean)).argmax(-1) == labels
     masked = jp.get_masks(trainer.opt_state)
     zeros = sum(
         int((x == 0).sum())
