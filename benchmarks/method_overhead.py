@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="+", default=list(METHODS))
     args = parser.parse_args()
+    jax.config.update("jax_compilation_cache_dir", "build/compiled")
     params, batch = masked_overhead.setting()
     adamw = optax.adamw(1e-3)
     found = [Variant("optax.adamw", adamw, params, batch)]

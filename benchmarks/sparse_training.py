@@ -3,8 +3,9 @@
 An MLP 784-512-256-10 without biases, the same with the mean image taken from its inputs,
 and a small CNN; adamw with learning rate 1e-3 and weight decay 1e-4, batches of 128,
 8 epochs (the CNN 4), seeds 0 to 2. All methods have their default settings, updates every
-100 steps where they have a say, and the masks final after three quarters of the run. A run is a line of the results file, and a run
-that is there is not repeated: stop it whenever you like.
+100 steps where they have a say, and the masks final after three quarters of the run;
+methods in rounds train for as many epochs as the table says. A run is a line of the
+results file, and a run that is there is not repeated: stop it whenever you like.
 
     python benchmarks/sparse_training.py                    # runs what is missing
     python benchmarks/sparse_training.py --only rigl gmp    # ... of some methods
@@ -45,6 +46,7 @@ SEEDS = (0, 1, 2)
 BATCH = 128
 SIZES = (784, 512, 256, 10)
 CHANNELS = (1, 16, 32, 64)
+ADAMW = optax.adamw(1e-3, weight_decay=1e-4)
 EPOCHS = {"mlp": 8, "centred mlp": 8, "cnn": 4}
 
 
@@ -219,6 +221,7 @@ def plan() -> Iterator[tuple[str, Case, int]]:
     """All runs, the most telling first."""
     for seed in SEEDS:
         yield from ((name, MAIN, seed) for name in METHODS if name not in ONLY_NM)
+        yield from ((name, MAIN, seed) for name in ROUNDS)
     for case, seed in itertools.product(MORE, SEEDS):
         if case.model != MAIN.model:
             yield "dense", case, seed
@@ -275,6 +278,15 @@ def convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     return jnp.concatenate(seen, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
+def loss_of(model: Callable) -> Callable:
+    def loss(params, batch):
+        images, labels = batch
+        logits = model(params, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return loss
+
+
 class Trainer:
     """A model, the optimizer of one method, and compiled training."""
 
@@ -285,13 +297,7 @@ class Trainer:
         self.steps = EPOCHS[case.model] * self.steps_an_epoch
         self.params = init(case, seed)
 
-        def loss(params, batch):
-            images, labels = batch
-            logits = model(params, images)
-            return optax.softmax_cross_entropy_with_integer_labels(
-                logits, labels
-            ).mean()
-
+        loss = loss_of(model)
         some = np.random.default_rng(seed).choice(len(images), 10 * BATCH, False)
         setup = Setup(
             case, self.steps, jax.random.key(100 + seed), self.params, loss,
@@ -299,8 +305,7 @@ class Trainer:
         )  # fmt: skip
         method = METHODS[name](setup)
         chosen = where(case) if isinstance(method, jp.training.Method) else None
-        adamw = optax.adamw(1e-3, weight_decay=1e-4)
-        self.tx = jp.masked(adamw, method, where=chosen)
+        self.tx = jp.masked(ADAMW, method, where=chosen)
         self.opt_state = jax.jit(self.tx.init)(self.params)
 
         def step(carry, places, data):
@@ -334,7 +339,98 @@ def orders(seed: int, examples: int) -> Iterator[np.ndarray]:
         yield random.permutation(examples)[: steps * BATCH].reshape(steps, BATCH)
 
 
+class Loop:
+    """What methods in rounds train with, under masks that stand still."""
+
+    def __init__(self, case: Case, seed: int, images, labels):
+        loss, data = loss_of(network(case)), (jnp.asarray(images), jnp.asarray(labels))
+        epochs = itertools.islice(orders(seed, len(images)), EPOCHS[case.model])
+        self.case, self.seed = case, seed
+        self.order = np.concatenate(list(epochs))
+        self.an_epoch = len(self.order) // EPOCHS[case.model]
+        self.params = init(case, seed)
+        self.steps = 0
+
+        def train(params, masks, order):
+            tx = jp.masked(ADAMW, masks)
+
+            def step(carry, places):
+                params, state = carry
+                grads = jax.grad(loss)(params, tuple(x[places] for x in data))
+                updates, state = tx.update(grads, state, params)
+                return (optax.apply_updates(params, updates), state), None
+
+            return lax.scan(step, (params, tx.init(params)), order)[0][0]
+
+        self.pure = train
+        self.jitted = jax.jit(train)
+
+    def train(self, params, masks, *, start=0, stop=None):
+        order = self.order[start:stop]
+        self.steps += len(order)
+        return self.jitted(params, masks, order)
+
+    def imp(self, rounds=4, **options):
+        """With as large a share in each round, to the sparsity of the case."""
+        rate = 1 - (1 - self.case.sparsity) ** (1 / rounds)
+        return jp.rounds.imp(
+            self.train, self.params, rate=rate, rounds=rounds,
+            allocation=self.case.allocation, **options,
+        )  # fmt: skip
+
+    def sap(self):
+        return jp.rounds.sap(self.train, self.params, rounds=4)
+
+    def soup(self, rounds=3, replicas=3):
+        masks = jax.tree.map(lambda x: jnp.ones_like(x, bool), self.params)
+        dense = self.train(self.params, masks)
+        order = jnp.asarray(self.order[: len(self.order) // 2])
+        self.steps += rounds * replicas * len(order)
+        return jp.rounds.sparse_model_soups(
+            lambda p, m, key: self.pure(p, m, jax.random.permutation(key, order)),
+            dense, self.case.sparsity, key=jax.random.key(200 + self.seed),
+            rounds=rounds, replicas=replicas, allocation=self.case.allocation,
+        )  # fmt: skip
+
+    def scratch(self):
+        found = self.imp(rewind=self.an_epoch)
+        again = jp.rounds.scratch(
+            lambda p, m, steps: self.train(p, m, stop=steps),
+            init(self.case, 50 + self.seed), found.masks, steps=len(self.order),
+        )  # fmt: skip
+        return found._replace(params=again.params)
+
+
+ROUNDS: dict[str, Callable[[Loop], jp.rounds.Rounds]] = {
+    "one shot, trained on": lambda loop: loop.imp(rounds=1, rewind=None),
+    "lottery ticket": lambda loop: loop.imp(rewind=0),
+    "IMP, rewound to epoch 1": lambda loop: loop.imp(rewind=loop.an_epoch),
+    "Scratch-E of IMP's masks": Loop.scratch,
+    "SAP": Loop.sap,
+    "soup of 3": Loop.soup,
+}
+
+
+def run_rounds(name: str, case: Case, seed: int, data) -> dict:
+    loop = Loop(case, seed, *data["train"])
+    start = time.perf_counter()
+    found = jax.block_until_ready(ROUNDS[name](loop))
+    seconds = time.perf_counter() - start
+    images, labels = data["test"]
+    right = np.asarray(mlp(found.params, images)).argmax(-1) == labels
+    return {
+        "method": name, **case._asdict(), "seed": seed,
+        "accuracy": float(right.mean()),
+        "achieved": jp.masks.sparsity(found.masks),
+        "degree_deviation": degree_deviation(found.params),
+        "epochs": loop.steps / loop.an_epoch,
+        "seconds": seconds,
+    }  # fmt: skip
+
+
 def run(name: str, case: Case, seed: int, data) -> dict:
+    if name in ROUNDS:
+        return run_rounds(name, case, seed, data)
     images, labels = data["train"]
     # Pixels are positive; less the mean image, an input is as often below 0 as above.
     mean = images.mean(0) if case.model == "centred mlp" else 0
@@ -414,9 +510,9 @@ def table(rows: list[dict], timed: list[dict], case: Case) -> str:
     """Mean and standard deviation over seeds."""
     ratios = {r["method"]: r for r in timed if _case(r) == case}
     lines = [
-        "| method | seeds | accuracy % | sparsity % | degree dev. % | step / dense | "
-        "updating step |",
-        "|---|---|---|---|---|---|---|",
+        "| method | seeds | epochs | accuracy % | sparsity % | degree dev. % | "
+        "step / dense | updating step |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     some = [r for r in rows if _case(r) == case]
     names = sorted(
@@ -438,7 +534,8 @@ def table(rows: list[dict], timed: list[dict], case: Case) -> str:
             for k in ("plain", "update")
         )
         lines.append(
-            f"| {name} | {len(mine)} | {statistics.fmean(values):.2f} ± {spread:.2f} | "
+            f"| {name} | {len(mine)} | {mine[0].get('epochs', EPOCHS[case.model]):.0f} | "
+            f"{statistics.fmean(values):.2f} ± {spread:.2f} | "
             f"{achieved:.2f} | {uneven} | {plain} | {update} |"
         )
     return "\n".join(lines)
@@ -467,7 +564,7 @@ def main() -> None:
     parser.add_argument("--times", action="store_true", help="time steps against dense")
     parser.add_argument("--table", action="store_true", help="only print the tables")
     parser.add_argument(
-        "--only", nargs="+", default=list(METHODS), help="these methods"
+        "--only", nargs="+", default=[*METHODS, *ROUNDS], help="these methods"
     )
     parser.add_argument("--model", nargs="+", default=list(EPOCHS), help="these models")
     args = parser.parse_args()
