@@ -8,7 +8,7 @@ Beside them stand static random masks and a dense model of the same FLOPs, made 
 The matrices learn at a share of the learning rate, and that share is tuned for each
 method at each sparsity: with the same rate for all weights, networks that are sparse from
 the start came out ahead of the dense one, because in those a step of Adam, whose size does
-not depend on the gradient's, moves a sum over fewer weights. Three shares are tried on
+not depend on the gradient's, moves a sum over fewer weights. Four shares are tried on
 half a pass over nine tenths of the training text, and compared on its last tenth.
 A run is a line of a results file, and a run that is there is not repeated.
 
@@ -51,7 +51,7 @@ BATCH, CONTEXT = 32, 64
 WIDTH, HEADS, LAYERS = 96, 4, 3
 PEAK = 1e-2  # learning rate of embeddings and norms
 ENDS = 0.1  # initial size of the matrices that a branch ends with
-SHARES = (0.1, 0.2, 0.4)  # of it, for matrices
+SHARES = (0.05, 0.1, 0.2, 0.4)  # of it, for matrices
 # Widths at which a dense model has the matrix FLOPs of the pruned one, but for rounding.
 NARROW = {0.7: 52, 0.9: 32}
 MATRICES = "layers/*/kernel"
@@ -247,7 +247,7 @@ def tune(name: str, case: Case, share: float, data: dict[str, np.ndarray]) -> di
 
 
 def tuned(rows: list[dict], name: str, case: Case) -> float:
-    """The best share of the three."""
+    """The best of the shares tried."""
     mine = {
         r["share"]: r["loss"] for r in rows if (r["method"], case_of(r)) == (name, case)
     }
