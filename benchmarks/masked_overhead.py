@@ -152,6 +152,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=31, help="in each process")
     parser.add_argument("--processes", type=int, default=5, help="one after the other")
     args = parser.parse_args()
+    if args.processes < 0:
+        parser.error(f"--processes: got {args.processes}; expected at least 1.")
     jax.config.update("jax_compilation_cache_dir", "build/compiled")
     if args.processes == 0:  # one of the processes
         print(json.dumps(measure(args.rounds)))

@@ -7,8 +7,8 @@ Beside them stand static random masks and a dense model of the same FLOPs, made 
 
 The matrices learn at a share of the learning rate, and that share is tuned for each
 method at each sparsity: with the same rate for all weights, networks that are sparse from
-the start came out ahead of the dense one, because in those a step of Adam, whose size does
-not depend on the gradient's, moves a sum over fewer weights. Four shares are tried on
+the start came out ahead of the dense one, probably because in those a step of Adam, whose
+size does not depend on the gradient's, moves a sum over fewer weights. Four shares are tried on
 half a pass over nine tenths of the training text, and compared on its last tenth.
 A run is a line of a results file, and a run that is there is not repeated.
 

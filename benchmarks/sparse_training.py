@@ -381,7 +381,8 @@ class Loop:
     def sap(self):
         return jp.rounds.sap(self.train, self.params, rounds=4)
 
-    def soup(self, rounds=3, replicas=3):
+    def soup(self):
+        rounds, replicas = 3, 3
         masks = jax.tree.map(lambda x: jnp.ones_like(x, bool), self.params)
         dense = self.train(self.params, masks)
         order = jnp.asarray(self.order[: len(self.order) // 2])
@@ -417,7 +418,7 @@ def run_rounds(name: str, case: Case, seed: int, data) -> dict:
     found = jax.block_until_ready(ROUNDS[name](loop))
     seconds = time.perf_counter() - start
     images, labels = data["test"]
-    right = np.asarray(mlp(found.params, images)).argmax(-1) == labels
+    right = np.asarray(network(case)(found.params, images)).argmax(-1) == labels
     return {
         "method": name, **case._asdict(), "seed": seed,
         "accuracy": float(right.mean()),
