@@ -501,10 +501,14 @@ def times(name: str, case: Case, data, rounds: int = 40) -> dict:
 
 
 def _at_step(state, step: int):
+    def is_state(x):
+        return isinstance(x, jp.training.MethodState)
+
     return jax.tree.map(
-        lambda m: m._replace(step=jnp.int32(step)), state,
-        is_leaf=lambda x: isinstance(x, jp.training.MethodState),
-    )  # fmt: skip
+        lambda x: x._replace(step=jnp.int32(step)) if is_state(x) else x,
+        state,
+        is_leaf=is_state,
+    )
 
 
 def table(rows: list[dict], timed: list[dict], case: Case) -> str:
