@@ -259,7 +259,7 @@ class Block:
 
     def units(self, path: str, leaf: Any) -> int:
         """Number of blocks."""
-        k_axes, n_axes = self._axes(path, leaf.shape)
+        k_axes, n_axes = self.matrix_axes(path, leaf.shape)
         for name, extent, axes in (
             ("rows", self.rows, k_axes),
             ("cols", self.cols, n_axes),
@@ -282,7 +282,7 @@ class Block:
     ) -> _select.Scored:
         """The sum of the scores of each block, in float32."""
         scores = score(*operands)
-        k_axes, n_axes = self._axes(path, scores.shape)
+        k_axes, n_axes = self.matrix_axes(path, scores.shape)
         moved = scores.transpose(_matrix_order(scores.ndim, k_axes, n_axes))
         rows, cols = (
             math.prod(scores.shape[a] for a in axes) for axes in (k_axes, n_axes)
@@ -301,12 +301,15 @@ class Block:
 
     def spread(self, path: str, values: Array, like: Array) -> Array:
         """Each block's value for all of its weights."""
-        k_axes, n_axes = self._axes(path, like.shape)
+        k_axes, n_axes = self.matrix_axes(path, like.shape)
         rows = _repeat(values, self.rows, values.ndim - 2)
         matrix = _repeat(rows, self.cols, values.ndim - 1)
         return _restore(matrix, like.shape, _matrix_order(like.ndim, k_axes, n_axes))
 
-    def _axes(self, path: str, shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def matrix_axes(
+        self, path: str, shape: Sequence[int]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The axes K and N of a leaf of this shape, counted from the front."""
         k_axes = _resolve(path, self.axis, len(shape), "Block axis")
         n_axes = _resolve(path, self.out_axis, len(shape), "Block out_axis")
         if set(k_axes) & set(n_axes):

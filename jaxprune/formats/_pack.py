@@ -1,0 +1,73 @@
+"""From a weight and its mask to the format of its structure, and back."""
+
+import functools
+
+import jax
+from jaxtyping import Array, Bool, Float
+
+from jaxprune import masks
+from jaxprune.formats import _block_sparse
+from jaxprune.formats._block_sparse import BlockSparseArray
+from jaxprune.structures import Block, Structure
+
+
+@functools.singledispatch
+def unpack(packed: BlockSparseArray) -> Float[Array, "..."]:
+    """The weight with its zeros: `where(mask, w, 0)`, bit for bit.
+
+    Args:
+      packed: what `pack` gave.
+
+    Example:
+      >>> w = jnp.eye(4)
+      >>> packed = jp.formats.pack(w, w != 0, jp.Block(2, 2))
+      >>> (jp.formats.unpack(packed) == w).all().item()
+      True
+    """
+    raise TypeError(
+        f"packed: got {type(packed).__name__}; expected what jaxprune.formats.pack gives."
+    )
+
+
+unpack.register(BlockSparseArray, _block_sparse.unpack_blocks)
+
+
+def pack(
+    w: Float[Array, "..."],
+    mask: Bool[Array, "..."] | masks.PackedMask,
+    structure: Structure,
+    *,
+    capacity: int | None = None,
+) -> BlockSparseArray:
+    """Packs a weight without its zeros; `Block` gives a `BlockSparseArray`.
+
+    Args:
+      w: the weight, `[..., K, N]`; other layouts by the axes of the structure.
+      mask: True where a weight is kept, packed to bits or not.
+      structure: decides the format. A block is stored whole if anything in it is kept,
+        and a block that reaches over the edge of the matrix is padded.
+      capacity: blocks that there is room for, with stacked matrices in each of them; by
+        default as many as the mask keeps. Under `jax.jit` it must be given, and a mask
+        that keeps more gives values of NaN.
+
+    Raises:
+      ValueError: if mask and weight do not match, or the mask keeps more than `capacity`.
+      TypeError: if there is no format for the structure.
+
+    Example:
+      >>> w = jnp.arange(16.0).reshape(4, 4)
+      >>> packed = jp.formats.pack(w, w > 9, jp.Block(2, 2))
+      >>> packed.values.shape, packed.rows.tolist(), packed.columns.tolist()
+      ((2, 2, 2), [1, 1], [0, 1])
+    """
+    mask = masks.as_bool(mask)
+    if mask.shape != w.shape:
+        raise ValueError(
+            f"mask: its shape is {mask.shape}, that of w is {w.shape}; expected the same. "
+            "Make the mask from this weight."
+        )
+    if isinstance(structure, Block):
+        return _block_sparse.pack_blocks(w, mask, structure, capacity)
+    raise TypeError(
+        f"structure: got {structure!r}; expected Block, the structures that have a format."
+    )
