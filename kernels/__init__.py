@@ -1,1 +1,3 @@
-"""Kernel families, one folder each, live here; none has been written yet."""
+"""Kernels, a folder a family."""
+
+from .block_sparse_matmul.api import block_sparse_matmul as block_sparse_matmul

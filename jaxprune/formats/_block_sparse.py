@@ -78,6 +78,11 @@ def pack_blocks(
     kept = _blocks(layout, mask, size).any((-2, -1))  # [..., blocks]
     if capacity is None:
         capacity = _most(kept)
+    elif not isinstance(kept, jax.core.Tracer) and (most := _most(kept)) > capacity:
+        raise ValueError(
+            f"capacity: got {capacity}, but the mask keeps {most} blocks; expected at least "
+            "as many. Leave capacity= out, or prune more."
+        )
     values = _blocks(layout, jnp.where(mask, w, jnp.zeros_like(w)), size)
     grid = tuple(-(-n // b) for n, b in zip(layout.matrix, size, strict=True))
     fields = _vectorized(values.ndim - 3, _gather, grid, capacity)(values, kept)
