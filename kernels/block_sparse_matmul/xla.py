@@ -1,48 +1,57 @@
 """Block-sparse products out of XLA's own operations, for any device.
 
-They work on `xᵀ` and `yᵀ`, of which a block is one piece of memory.
+A block at a time: on a CPU the product of one block is large enough to run as fast as a
+dense one, and to bring several together costs more than it saves. A pattern that is known
+when the program is traced is written out instead, an output at a time.
 """
+
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jaxprune.kernels.block_sparse_matmul._steps import Steps
-
 FEW = 8  # rows of x for which blocks are multiplied all at once
+WRITTEN_OUT = 1024  # blocks of a pattern that may be written out: it takes time to compile
 
 
 def matmul(
     x: Float[Array, "M K"],
     values: Float[Array, "capacity rows cols"],
     inner: Int32[Array, " capacity"],
-    steps: Steps,
+    places: Int32[Array, " capacity"],
     outputs: int,
     *,
-    group: int,
     transpose: bool = False,
     precision: lax.PrecisionLike = None,
 ) -> Float[Array, "M N"]:
-    """As that of the TPU kernel."""
-    m, k = x.shape
+    """`x` times the matrix of these blocks, or times its transpose.
+
+    Args:
+      x: `K` a multiple of the extent of a block that is contracted.
+      values: the blocks, those that are not taken last.
+      inner: place of each along the contracted axis, counted in blocks.
+      places: place of each along the produced axis; `outputs` where none is taken.
+      outputs: blocks along the produced axis.
+      transpose: contract the columns of the blocks.
+      precision: of the products.
+    """
+    m = x.shape[0]
     rows, cols = values.shape[1:]
     bk, bn = (cols, rows) if transpose else (rows, cols)
-    xt = x.T.reshape(k // bk, bk, m)
-    contracted = ((0, 2) if transpose else (0, 1), (0, 1))
+    # Transposed, a block of x is one piece of memory, and so is one of y.
+    xt = x.T.reshape(-1, bk, m)
+    axis = 1 if transpose else 0
 
-    def step(t, yt):
-        blocks = lax.dynamic_slice_in_dim(values, steps.start[t], group)
-        blocks = jnp.where(_own(steps.flags[t], group), blocks, 0)
-        parts = xt[lax.dynamic_slice_in_dim(inner, steps.start[t], group)]
-        product = lax.dot_general(
-            blocks, parts, (contracted, ((), ())),
-            precision=precision, preferred_element_type=jnp.float32,
-        )  # fmt: skip
-        return yt.at[steps.place[t]].add(product)
+    def add(i, yt):
+        product = _dot(values[i], xt[inner[i]], (((axis,), (0,)), ((), ())), precision)
+        return yt.at[places[i]].add(product)
 
     yt = jnp.zeros((outputs, bn, m), jnp.float32)
-    yt = lax.fori_loop(0, steps.number, step, yt)
+    yt = lax.fori_loop(0, jnp.sum(places < outputs), add, yt)
     return yt.reshape(outputs * bn, m).T.astype(x.dtype)
 
 
@@ -50,30 +59,26 @@ def products(
     xt: Float[Array, "K M"],
     dy: Float[Array, "M N"],
     inner: Int32[Array, " capacity"],
-    steps: Steps,
+    places: Int32[Array, " capacity"],
     *,
     block: tuple[int, int],
-    group: int,
     precision: lax.PrecisionLike = None,
 ) -> Float[Array, "capacity rows cols"]:
     """`xᵀ dy`, where there are blocks."""
     k, m = xt.shape
     rows, cols = block
-    xt = xt.reshape(k // rows, rows, m)
-    dyt = dy.T.reshape(dy.shape[1] // cols, cols, m)
+    xt = xt.reshape(-1, rows, m)
+    dyt = dy.T.reshape(-1, cols, m)
 
-    def step(t, found):
-        parts = xt[lax.dynamic_slice_in_dim(inner, steps.start[t], group)]
-        product = lax.dot_general(
-            parts, dyt[steps.place[t]], (((2,), (1,)), ((), ())),
-            precision=precision, preferred_element_type=jnp.float32,
-        )  # fmt: skip
-        before = lax.dynamic_slice_in_dim(found, steps.start[t], group)
-        after = jnp.where(_own(steps.flags[t], group), product, before)
-        return lax.dynamic_update_slice_in_dim(found, after, steps.start[t], 0)
+    def write(i, found):
+        product = _dot(
+            xt[inner[i]], dyt[places[i]], (((1,), (1,)), ((), ())), precision
+        )
+        return found.at[i].set(product)
 
     found = jnp.zeros((inner.shape[0], rows, cols), jnp.float32)
-    return lax.fori_loop(0, steps.number, step, found).astype(xt.dtype)
+    number = jnp.sum(places < dyt.shape[0])
+    return lax.fori_loop(0, number, write, found).astype(xt.dtype)
 
 
 def matmul_few(
@@ -86,18 +91,87 @@ def matmul_few(
     transpose: bool = False,
     precision: lax.PrecisionLike = None,
 ) -> Float[Array, "M N"]:
-    """The same for a handful of rows: every block is read once, and nothing else counts."""
+    """As `matmul`, for a handful of rows: every block is read once, and nothing else counts."""
     m = x.shape[0]
     axis = 2 if transpose else 1
     parts = x.reshape(m, -1, values.shape[axis])[:, inner]
-    product = lax.dot_general(
-        values, parts, (((axis,), (2,)), ((0,), (1,))),
-        precision=precision, preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    product = _dot(values, parts, (((axis,), (2,)), ((0,), (1,))), precision)
     # [capacity, bn, m]; what has no place is dropped.
     y = jax.ops.segment_sum(product, places, outputs, indices_are_sorted=True)
     return y.reshape(-1, m).T.astype(x.dtype)
 
 
-def _own(flags: Int32[Array, ""], group: int) -> Array:
-    return ((flags >> (1 + jnp.arange(group))) & 1 != 0)[:, None, None]
+def matmul_known(
+    x: Float[Array, "M K"],
+    values: Float[Array, "capacity rows cols"],
+    inner: np.ndarray,
+    places: np.ndarray,
+    outputs: int,
+    *,
+    transpose: bool = False,
+    precision: lax.PrecisionLike = None,
+) -> Float[Array, "M N"]:
+    """As `matmul`, for a pattern that is known: one product an output."""
+    m = x.shape[0]
+    rows, cols = values.shape[1:]
+    bk, bn = (cols, rows) if transpose else (rows, cols)
+    over = ((1, 2), (0, 2 if transpose else 1))
+    found = []
+    for begin, end in _runs(places, outputs):
+        if begin == end:
+            found.append(jnp.zeros((m, bn), x.dtype))
+            continue
+        parts = [x[:, i * bk : (i + 1) * bk] for i in inner[begin:end].tolist()]
+        parts = jnp.stack(parts, 1)  # [M, blocks, bk]
+        y = _dot(parts, values[begin:end], (over, ((), ())), precision)
+        found.append(y.astype(x.dtype))
+    return jnp.concatenate(found, 1)
+
+
+def products_known(
+    xt: Float[Array, "K M"],
+    dy: Float[Array, "M N"],
+    inner: np.ndarray,
+    places: np.ndarray,
+    *,
+    block: tuple[int, int],
+    precision: lax.PrecisionLike = None,
+) -> Float[Array, "capacity rows cols"]:
+    """As `products`, for a pattern that is known."""
+    rows, cols = block
+    found = []
+    for n, (begin, end) in enumerate(_runs(places, dy.shape[1] // cols)):
+        if begin == end:
+            continue
+        parts = [xt[i * rows : (i + 1) * rows] for i in inner[begin:end].tolist()]
+        some = dy[:, n * cols : (n + 1) * cols]
+        over = (((1,), (0,)), ((), ()))
+        product = _dot(jnp.concatenate(parts), some, over, precision)
+        found.append(product.astype(xt.dtype).reshape(-1, rows, cols))
+    taken = sum(len(x) for x in found)
+    found.append(jnp.zeros((len(inner) - taken, rows, cols), xt.dtype))
+    return jnp.concatenate(found)
+
+
+def _runs(places: np.ndarray, outputs: int) -> Iterator[tuple[int, int]]:
+    """The stretch of blocks that belong to each output."""
+    ends = np.searchsorted(places, np.arange(outputs + 1)).tolist()
+    yield from zip(ends, ends[1:], strict=False)
+
+
+def _dot(a: Array, b: Array, dimensions: Any, precision: lax.PrecisionLike) -> Array:
+    """In float32."""
+
+    def dot(a, b):
+        return lax.dot_general(
+            a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+        )
+
+    if a.dtype == jnp.float32:
+        return dot(a, b)
+
+    def widened(a, b):
+        return dot(a.astype(jnp.float32), b.astype(jnp.float32))
+
+    # On CPU not every product has a kernel from half precision to float32.
+    return lax.platform_dependent(a, b, cpu=widened, default=dot)

@@ -1,0 +1,6 @@
+"""Packed weights behind the user's own function, where they pay."""
+
+from ._accelerate import accelerate as accelerate
+from ._cost import predict as predict
+from ._report import Choice as Choice
+from ._report import Report as Report

@@ -1,0 +1,66 @@
+"""Kernels in the sizes whose bundles are kept in `tpu_bundles.json`."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.kernels.block_sparse_matmul import _steps
+from jaxprune.kernels.block_sparse_matmul import tpu as block_sparse
+
+
+class Case(NamedTuple):
+    """A call of one kernel.
+
+    Attributes:
+      name: of the case.
+      kernel: name that the compiler knows the kernel by.
+      call: the function to compile.
+      operands: shapes and types of its arguments.
+    """
+
+    name: str
+    kernel: str
+    call: Callable
+    operands: tuple[Any, ...]
+
+
+def cases() -> Iterator[Case]:
+    """All of them."""
+    for size, group in ((128, 4), (128, 8), (256, 2), (512, 1)):
+        yield from _block_sparse(size, group)
+
+
+def _block_sparse(size: int, group: int, m=1024, extent=2048, bm=512) -> Iterator[Case]:
+    """A fifth of the blocks of a square matrix, in bfloat16."""
+    along = extent // size
+    capacity = along**2 // 5
+    count = _steps.count(capacity, along, group)
+    index = jax.ShapeDtypeStruct((capacity,), jnp.int32)
+    step = jax.ShapeDtypeStruct((count,), jnp.int32)
+    steps = _steps.Steps(step, step, step, jax.ShapeDtypeStruct((), jnp.int32))
+    x = jax.ShapeDtypeStruct((m, extent), jnp.bfloat16)
+    xt = jax.ShapeDtypeStruct((extent, m), jnp.bfloat16)
+    values = jax.ShapeDtypeStruct((capacity, size, size), jnp.bfloat16)
+    name = f"{size} x {size}, {group} a step"
+
+    def product(transpose):
+        return lambda x, values, inner, steps: block_sparse.matmul(
+            x, values, inner, steps, along, group=group, bm=bm, transpose=transpose
+        )
+
+    def outer(xt, dy, inner, steps):
+        return block_sparse.products(
+            xt, dy, inner, steps, block=(size, size), group=group, bm=bm
+        )
+
+    for what, transpose in (("y", False), ("dx", True)):
+        yield Case(
+            f"block_sparse_matmul {name}: {what}", "block_sparse_matmul",
+            product(transpose), (x, values, index, steps),
+        )  # fmt: skip
+    yield Case(
+        f"block_sparse_matmul {name}: dW", "block_sparse_products",
+        outer, (xt, x, index, steps),
+    )  # fmt: skip
