@@ -6,7 +6,6 @@ the next tile; the others multiply and store. What is there to sum up is read fr
 pattern, so that another pattern is the same program.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -20,22 +19,6 @@ _STEP = 64  # contracted at a time: what a row of 128 bytes holds in 16 bits
 _CACHE = 24 << 20  # bytes of x that the L2 cache keeps beside everything else
 _WARPGROUPS = 2  # that multiply, of large tiles
 _FEW_REGISTERS = 40  # for one that only loads
-
-
-def unsuited() -> str:
-    """Why the GPUs of this machine do not run these kernels; nothing if they do.
-
-    Without a GPU to ask, as in an export from another machine, it is taken to be a Hopper.
-    """
-    try:
-        devices = jax.devices("cuda")
-    except RuntimeError:
-        return ""
-    found = {d.device_kind: d.compute_capability for d in devices}
-    others = [kind for kind, version in found.items() if not version.startswith("9.")]
-    if others:
-        return f"{others[0]} is not of the Hopper generation, whose instructions they use."
-    return ""
 
 
 class Tile(NamedTuple):
@@ -97,6 +80,8 @@ def matmul(
       transpose: contract the columns of the blocks.
       interpret: see `plgpu.kernel`.
     """
+    if interpret and transpose:  # the interpreter has no transposed operands
+        values, transpose = values.swapaxes(1, 2), False
     m, k = x.shape
     rows, cols = values.shape[1:]
     bk, bn = (cols, rows) if transpose else (rows, cols)
@@ -142,7 +127,7 @@ def matmul(
 
             def operands(slot):
                 w = ws.at[slot]
-                w = plgpu.transpose_ref(w, (1, 0)) if transpose else w
+                w = w.transpose((1, 0)) if transpose else w
                 return xs.at[slot, pl.ds(mine, own)], w
 
             def place():
@@ -198,6 +183,8 @@ def products(
       interpret: see `plgpu.kernel`.
     """
     m = x.shape[0]
+    flipped = bool(interpret)  # the interpreter has no transposed operands
+    x = x.T if flipped else x
     rows, cols = block
     capacity = inner.shape[0]
     tr, tc = (128 if b % 128 == 0 else 64 for b in block)
@@ -235,7 +222,8 @@ def products(
                 free()
                 part = pl.ds((split * steps + step) * _STEP, _STEP)
                 for j, place in enumerate(places):
-                    from_x = x.at[part, pl.ds(place, tr)]
+                    parts = part, pl.ds(place, tr)
+                    from_x = x.at[parts[::-1] if flipped else parts]
                     plgpu.copy_gmem_to_smem(from_x, xs.at[slot, j], full.at[slot])
                 from_dy = dy.at[part, pl.ds(column * cols + piece * tc, tc)]
                 plgpu.copy_gmem_to_smem(from_dy, ds.at[slot], full.at[slot])
@@ -247,7 +235,9 @@ def products(
             mine = first + warpgroup
 
             def operands(slot):
-                return plgpu.transpose_ref(xs.at[slot, warpgroup], (1, 0)), ds.at[slot]
+                xt = xs.at[slot, warpgroup]
+                xt = xt if flipped else xt.transpose((1, 0))
+                return xt, ds.at[slot]
 
             def place():
                 part = pl.ds(lax.rem(mine, row_pieces) * tr, tr)
@@ -258,11 +248,12 @@ def products(
         count = _turns(number[0] * col_pieces * splits, ctas)
         _walk(tile, (tr, tc), count, producer, consumer, ys, full, empty)
 
+    of_x = (tr, _STEP) if flipped else (_STEP, tr)
     kernel = _kernel(
         body,
         jax.ShapeDtypeStruct((splits, capacity, rows, cols), dtype),
         [
-            _shared((stages, _WARPGROUPS, _STEP, tr), x.dtype),
+            _shared((stages, _WARPGROUPS, *of_x), x.dtype),
             _shared((stages, _STEP, tc), x.dtype),
         ],
         tile,
@@ -358,7 +349,11 @@ def _store(total, place, ys):
     """Copies what stands in registers to `place`, a piece at a time."""
     _, rows, cols = ys.shape
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    pieces = [(r, c) for r in range(0, total.shape[0], rows) for c in range(0, total.shape[1], cols)]
+    pieces = [
+        (r, c)
+        for r in range(0, total.shape[0], rows)
+        for c in range(0, total.shape[1], cols)
+    ]
     for i, (r, c) in enumerate(pieces):
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         ys[i % 2] = total[r : r + rows, c : c + cols]
