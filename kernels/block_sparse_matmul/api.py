@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,15 @@ from jaxtyping import Array, Float
 from jaxprune.formats import BlockSparseArray
 from jaxprune.kernels.block_sparse_matmul import _steps, tpu, xla
 
-Backend: TypeAlias = Literal["tpu", "xla"]
+Backend: TypeAlias = Literal["gpu", "tpu", "xla"]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
     backend: Backend | None
+    suited: tuple[Backend, ...]  # to choose from where none is asked for
     precision: lax.PrecisionLike
-    interpret: bool
+    interpret: Any
 
 
 def block_sparse_matmul(
@@ -29,7 +30,7 @@ def block_sparse_matmul(
     *,
     backend: Backend | None = None,
     precision: lax.PrecisionLike = None,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> Float[Array, "... N"]:
     """`x @ W` for a matrix of blocks, of which those that are not kept cost nothing.
 
@@ -41,10 +42,11 @@ def block_sparse_matmul(
       x: for stacked matrices with their leading axes in front, `[stack, ..., K]`.
       packed: what `jaxprune.formats.pack` gave for the matrix `[K, N]`, `[stack, K, N]`,
         or a leaf of more axes, which are flattened to these.
-      backend: `"tpu"` (Pallas), or `"xla"`, which runs anywhere; by default what suits
-        the blocks and the device.
+      backend: `"tpu"` or `"gpu"` (Pallas; Hopper GPUs), or `"xla"`, which runs anywhere;
+        by default what suits the blocks and the device.
       precision: of the products; see `jax.lax.dot_general`.
-      interpret: run the TPU kernel on any device, slowly.
+      interpret: run the kernel of the TPU or GPU on any device, slowly: what
+        `pl.pallas_call` takes for it, or `InterpretGPUParams`.
 
     Returns:
       In the type to which those of `x` and the values are promoted.
@@ -70,17 +72,24 @@ def block_sparse_matmul(
             f"x: its shape is {x.shape}; expected {[*stack, '...', k]}, since packed holds "
             f"{f'a stack {list(stack)} of matrices' if stack else 'a matrix'} [{k}, {n}]."
         )
-    reason = _why_not_tpu(packed)
-    if backend not in ("tpu", "xla", None):
-        raise ValueError(f"backend: got {backend!r}; expected 'tpu', 'xla' or None.")
-    if backend == "tpu" and reason:
-        raise ValueError(f"backend: 'tpu' does not take these blocks: {reason}")
-    if reason:
-        backend = "xla"
     dtype = jnp.result_type(x, packed.values)
-    values = packed.values.astype(dtype)
-    packed = dataclasses.replace(packed, values=values)
-    product = functools.partial(_product, _Options(backend, precision, interpret))
+    packed = dataclasses.replace(packed, values=packed.values.astype(dtype))
+    reasons = {
+        "tpu": _why_not_tpu(packed),
+        "gpu": _why_not_gpu(packed, interpret),
+        "xla": "",
+    }
+    if backend is not None and backend not in reasons:
+        raise ValueError(
+            f"backend: got {backend!r}; expected 'gpu', 'tpu', 'xla' or None."
+        )
+    if backend and reasons[backend]:
+        raise ValueError(
+            f"backend: {backend!r} does not take these blocks: {reasons[backend]}"
+        )
+    suited = tuple(b for b, reason in reasons.items() if not reason)
+    options = _Options(backend, suited, precision, interpret)
+    product = functools.partial(_product, options)
     for _ in stack:
         product = jax.vmap(product)
     rows = x.astype(dtype).reshape(*stack, -1, k)
@@ -100,12 +109,36 @@ def _why_not_tpu(packed: BlockSparseArray) -> str:
     return ""
 
 
+def _why_not_gpu(packed: BlockSparseArray, interpret: Any) -> str:
+    rows, cols = packed.block
+    if rows % 64 or cols % 64:
+        return (
+            f"they are {rows} x {cols}, and a copy takes 64 numbers side by side. "
+            "Prune in blocks of a multiple of 64 by a multiple of 64."
+        )
+    if packed.dtype not in (jnp.bfloat16, jnp.float16):
+        return (
+            f"with x, they are {packed.dtype}; expected bfloat16 or float16. Cast both."
+        )
+    try:
+        found = [] if interpret else jax.devices("cuda")
+    except RuntimeError:
+        found = []  # as in an export for another machine, which is taken to be a Hopper
+    others = [d.device_kind for d in found if not d.compute_capability.startswith("9.")]
+    if others:
+        return (
+            f"{others[0]} is no GPU of the Hopper generation (compute capability 9), whose "
+            "instructions they are multiplied with. Leave backend= out."
+        )
+    return ""
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(options: _Options, x: Array, packed: BlockSparseArray) -> Array:
     k, n = packed.layout.matrix
     x = _padded(x, 1, packed.grid[0] * packed.block[0])
     places, inner = packed.columns, packed.rows
-    y = _multiply(options, x, packed.values, inner, places, packed.grid, False)
+    y = _multiply(options, x, packed.values, None, inner, places, packed.grid)
     return y[:, :n]
 
 
@@ -120,11 +153,10 @@ def _backward(options, kept, dy):
     dy = _padded(dy, 1, n_blocks * cols)
     order = packed.by_row
     dx = _multiply(
-        options, dy, packed.values[order], packed.columns[order], packed.rows[order],
-        (n_blocks, k_blocks), True,
+        options, dy, packed.values, order, packed.columns[order], packed.rows[order],
+        (n_blocks, k_blocks),
     )[:, :k]  # fmt: skip
-    xt = _padded(x, 1, k_blocks * rows).T
-    dvalues = _outer(options, xt, dy, packed)
+    dvalues = _outer(options, _padded(x, 1, k_blocks * rows), dy, packed)
     return dx, dataclasses.replace(
         packed,
         values=dvalues,
@@ -137,13 +169,19 @@ def _backward(options, kept, dy):
 _product.defvjp(_forward, _backward)
 
 
-def _multiply(options, x, values, inner, places, grid, transpose):
-    """`x` times the blocks, sorted by `places`; `grid` counts contracted and produced."""
+def _multiply(options, x, values, order, inner, places, grid):
+    """`x` times the blocks, sorted by `places`; `grid` counts contracted and produced.
+
+    With an order, blocks are not sorted themselves, and they are transposed.
+    """
     contracted, outputs = grid
     inner = jnp.minimum(inner, contracted - 1)  # of room that is not taken
     m, (capacity, *block) = x.shape[0], values.shape
+    transpose = order is not None
+    order = jnp.arange(capacity, dtype=jnp.int32) if order is None else order
 
-    def by_xla(x, values, inner, places):
+    def by_xla(x, values, order, inner, places):
+        values = values[order] if transpose else values
         rest = {"transpose": transpose, "precision": options.precision}
         if m <= xla.FEW:
             return xla.matmul_few(x, values, inner, places, outputs, **rest)
@@ -151,7 +189,8 @@ def _multiply(options, x, values, inner, places, grid, transpose):
         steps = _steps.walk(places, outputs, group)
         return xla.matmul(x, values, inner, steps, outputs, group=group, **rest)
 
-    def by_tpu(x, values, inner, places):
+    def by_tpu(x, values, order, inner, places):
+        values = values[order] if transpose else values
         group = _steps.best_group(capacity, outputs, most=1024 // max(block) or 1)
         bm = tpu.rows_at_once(m, x.shape[1], x.dtype.itemsize)
         y = tpu.matmul(
@@ -161,42 +200,74 @@ def _multiply(options, x, values, inner, places, grid, transpose):
         )  # fmt: skip
         return y[:m]
 
-    return _choose(options, by_tpu, by_xla, x, values, inner, places)
+    def by_gpu(x, values, order, inner, places):
+        gpu = _gpu()
+        tile = gpu.choose_tile(m, outputs, block[0 if transpose else 1])
+        x = _padded(x, 0, max(1, -(-m // tile.rows)) * tile.rows)
+        y = gpu.matmul(
+            x, values, order, inner, places, outputs,
+            tile=tile, transpose=transpose, interpret=options.interpret,
+        )  # fmt: skip
+        return y[:m]
+
+    operands = x, values, order, inner, places
+    return _choose(options, {"gpu": by_gpu, "tpu": by_tpu, "xla": by_xla}, *operands)
 
 
-def _outer(options, xt, dy, packed):
-    """`xt @ dy`, on the blocks of `packed`."""
+def _outer(options, x, dy, packed):
+    """`xᵀ dy`, on the blocks of `packed`."""
     k_blocks, n_blocks = packed.grid
     capacity, block = packed.capacity, packed.block
     inner = jnp.minimum(packed.rows, k_blocks - 1)
+    m = x.shape[0]
     rest = {"block": block, "precision": options.precision}
 
-    def by_xla(xt, dy, inner, places):
+    def by_xla(x, dy, inner, places):
         group = _steps.best_group(capacity, n_blocks, most=512 // min(block) or 1)
         steps = _steps.walk(places, n_blocks, group)
-        return xla.products(xt, dy, inner, steps, group=group, **rest)
+        return xla.products(x.T, dy, inner, steps, group=group, **rest)
 
-    def by_tpu(xt, dy, inner, places):
+    def by_tpu(x, dy, inner, places):
         group = _steps.best_group(capacity, n_blocks, most=1024 // max(block) or 1)
-        m = dy.shape[0]
-        bm = tpu.rows_at_once(m, xt.shape[0], xt.dtype.itemsize)
-        xt, dy = _padded(xt, 1, -(-m // bm) * bm), _padded(dy, 0, -(-m // bm) * bm)
+        bm = tpu.rows_at_once(m, x.shape[1], x.dtype.itemsize)
+        x, dy = (_padded(a, 0, -(-m // bm) * bm) for a in (x, dy))
         steps = _steps.walk(places, n_blocks, group)
         found = tpu.products(
-            xt, dy, inner, steps, group=group, bm=bm, interpret=options.interpret, **rest
+            x.T,
+            dy,
+            inner,
+            steps,
+            group=group,
+            bm=bm,
+            interpret=options.interpret,
+            **rest,
         ).reshape(-1, *block)
         slots = _steps.slots(places, steps, n_blocks, group)
         return found.at[slots].get(mode="fill", fill_value=0)
 
-    return _choose(options, by_tpu, by_xla, xt, dy, inner, packed.columns)
+    def by_gpu(x, dy, inner, places):
+        x, dy = (_padded(a, 0, -(-m // 64) * 64) for a in (x, dy))
+        return _gpu().products(
+            x, dy, inner, places, n_blocks, block=block, interpret=options.interpret
+        )
+
+    operands = x, dy, inner, packed.columns
+    return _choose(options, {"gpu": by_gpu, "tpu": by_tpu, "xla": by_xla}, *operands)
 
 
-def _choose(options, by_tpu, by_xla, *operands):
-    if options.backend == "xla":
-        return by_xla(*operands)
-    if options.backend == "tpu":
-        return by_tpu(*operands)
-    return lax.platform_dependent(*operands, tpu=by_tpu, default=by_xla)
+def _gpu():
+    # Half a second that only programs with such blocks should pay for.
+    from jaxprune.kernels.block_sparse_matmul import gpu
+
+    return gpu
+
+
+def _choose(options, by, *operands):
+    if options.backend:
+        return by[options.backend](*operands)
+    platforms = {"cuda": "gpu", "tpu": "tpu"}
+    branches = {p: by[b] for p, b in platforms.items() if b in options.suited}
+    return lax.platform_dependent(*operands, **branches, default=by["xla"])
 
 
 def _padded(x: Array, axis: int, size: int) -> Array:

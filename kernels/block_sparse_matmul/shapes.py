@@ -42,3 +42,9 @@ WIDE = (
     Shape(16, 1152, 256, (128, 128), 0.8),
     Shape(24, 256, 128, (128, 128), 0.0),
 )
+# Blocks of GPU kernels, which take 16 bits; the interpreter is slow.
+HALF = (
+    Shape(1, 128, 192, (64, 64), 0.8, spare=2),
+    Shape(100, 128, 256, (64, 128), 1.0),
+    Shape(130, 256, 128, (128, 64), 0.6, spare=1),
+)
