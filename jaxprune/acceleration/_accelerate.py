@@ -234,7 +234,16 @@ def _choose(path, leaf, mask, sites, others, kind, measure):
     packed = pack(leaf, mask, block)
     name = f"Block({block.rows}, {block.cols})"
     return Choice(
-        path, leaf.shape, rows, sparsity, name, speedup, measure, packed.nbytes, nbytes, ""
+        path,
+        leaf.shape,
+        rows,
+        sparsity,
+        name,
+        speedup,
+        measure,
+        packed.nbytes,
+        nbytes,
+        "",
     ), packed
 
 

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 from jaxtyping import Array, Bool, Float
 
 from jaxprune import masks

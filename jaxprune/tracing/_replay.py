@@ -189,10 +189,10 @@ def _without_first(view: View) -> View:
 
 
 def _jaxpr(params: dict[str, Any]) -> tuple[Jaxpr, Sequence[Any]]:
-    found = next(
-        params[n] for n in ("jaxpr", "call_jaxpr", "fun_jaxpr") if n in params
+    found = next(params[n] for n in ("jaxpr", "call_jaxpr", "fun_jaxpr") if n in params)
+    return (
+        (found.jaxpr, found.consts) if isinstance(found, ClosedJaxpr) else (found, ())
     )
-    return (found.jaxpr, found.consts) if isinstance(found, ClosedJaxpr) else (found, ())
 
 
 def _bind(eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:

@@ -1,0 +1,1 @@
+"""Products with a matrix of which blocks are left out."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,20 @@ from jaxprune.kernels.block_sparse_matmul import _steps, tpu, xla
 Backend: TypeAlias = Literal["gpu", "tpu", "xla"]
 
 
+class _Pattern(NamedTuple):
+    """Places of blocks that are known when the program is traced, as bytes of int32."""
+
+    rows: bytes
+    columns: bytes
+
+
 @dataclasses.dataclass(frozen=True)
 class _Options:
     backend: Backend | None
     suited: tuple[Backend, ...]  # to choose from where none is asked for
     precision: lax.PrecisionLike
     interpret: Any
+    pattern: _Pattern | None
 
 
 def block_sparse_matmul(
@@ -36,7 +44,9 @@ def block_sparse_matmul(
 
     Sums are float32. The gradient with respect to `packed.values` exists where blocks
     are kept; the pattern has none. A new pattern of the same capacity is the same
-    program.
+    program, if `packed` is an argument of the function that is traced. If the function
+    closes over the pattern, XLA gets the forward product written out, which on a CPU is up
+    to 1.6 times as fast at high sparsity.
 
     Args:
       x: for stacked matrices with their leading axes in front, `[stack, ..., K]`.
@@ -88,12 +98,26 @@ def block_sparse_matmul(
             f"backend: {backend!r} does not take these blocks: {reasons[backend]}"
         )
     suited = tuple(b for b, reason in reasons.items() if not reason)
-    options = _Options(backend, suited, precision, interpret)
+    pattern = None if stack else _known(x, packed)
+    options = _Options(backend, suited, precision, interpret, pattern)
     product = functools.partial(_product, options)
     for _ in stack:
         product = jax.vmap(product)
     rows = x.astype(dtype).reshape(*stack, -1, k)
     return product(rows, packed).reshape(*x.shape[:-1], n)
+
+
+def _known(x: Array, packed: BlockSparseArray) -> _Pattern | None:
+    """The pattern, where the places are constants of a program that is being traced."""
+    places = packed.rows, packed.columns
+    traced = isinstance(x, jax.core.Tracer) or isinstance(
+        packed.values, jax.core.Tracer
+    )
+    if not traced or packed.capacity > xla.WRITTEN_OUT:
+        return None
+    if any(isinstance(p, jax.core.Tracer) for p in places):
+        return None
+    return _Pattern(*(np.asarray(p, np.int32).tobytes() for p in places))
 
 
 def _why_not_tpu(packed: BlockSparseArray) -> str:
@@ -181,13 +205,16 @@ def _multiply(options, x, values, order, inner, places, grid):
     order = jnp.arange(capacity, dtype=jnp.int32) if order is None else order
 
     def by_xla(x, values, order, inner, places):
-        values = values[order] if transpose else values
         rest = {"transpose": transpose, "precision": options.precision}
         if m <= xla.FEW:
+            values = values[order] if transpose else values
             return xla.matmul_few(x, values, inner, places, outputs, **rest)
-        group = _steps.best_group(capacity, outputs, most=512 // min(block) or 1)
-        steps = _steps.walk(places, outputs, group)
-        return xla.matmul(x, values, inner, steps, outputs, group=group, **rest)
+        if options.pattern and not transpose:
+            known = (np.frombuffer(p, np.int32) for p in options.pattern)
+            return xla.matmul_known(
+                x, values, *known, outputs, precision=options.precision
+            )
+        return xla.matmul(x, values, order, inner, places, outputs, **rest)
 
     def by_tpu(x, values, order, inner, places):
         values = values[order] if transpose else values
@@ -223,9 +250,7 @@ def _outer(options, x, dy, packed):
     rest = {"block": block, "precision": options.precision}
 
     def by_xla(x, dy, inner, places):
-        group = _steps.best_group(capacity, n_blocks, most=512 // min(block) or 1)
-        steps = _steps.walk(places, n_blocks, group)
-        return xla.products(x.T, dy, inner, steps, group=group, **rest)
+        return xla.products(x.T, dy, inner, places, **rest)
 
     def by_tpu(x, dy, inner, places):
         group = _steps.best_group(capacity, n_blocks, most=1024 // max(block) or 1)

@@ -174,9 +174,7 @@ def products(
     )(place, start, flags, inner, xt, dy)[:count]
 
 
-def _products(
-    place, start, flags, inner, xt, dy, out, totals, *, group, bk, precision
-):
+def _products(place, start, flags, inner, xt, dy, out, totals, *, group, bk, precision):
     i, t = pl.program_id(1), pl.program_id(2)
     step = pl.program_id(0) * pl.num_programs(2) + t
 

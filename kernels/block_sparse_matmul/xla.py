@@ -15,12 +15,15 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 FEW = 8  # rows of x for which blocks are multiplied all at once
-WRITTEN_OUT = 1024  # blocks of a pattern that may be written out: it takes time to compile
+WRITTEN_OUT = (
+    1024  # blocks of a pattern that may be written out: it takes time to compile
+)
 
 
 def matmul(
     x: Float[Array, "M K"],
     values: Float[Array, "capacity rows cols"],
+    order: Int32[Array, " capacity"],
     inner: Int32[Array, " capacity"],
     places: Int32[Array, " capacity"],
     outputs: int,
@@ -32,8 +35,9 @@ def matmul(
 
     Args:
       x: `K` a multiple of the extent of a block that is contracted.
-      values: the blocks, those that are not taken last.
-      inner: place of each along the contracted axis, counted in blocks.
+      values: the blocks.
+      order: that they are taken in, those that are not taken last.
+      inner: place of each along the contracted axis, in this order, counted in blocks.
       places: place of each along the produced axis; `outputs` where none is taken.
       outputs: blocks along the produced axis.
       transpose: contract the columns of the blocks.
@@ -47,7 +51,8 @@ def matmul(
     axis = 1 if transpose else 0
 
     def add(i, yt):
-        product = _dot(values[i], xt[inner[i]], (((axis,), (0,)), ((), ())), precision)
+        over = (((axis,), (0,)), ((), ()))
+        product = _dot(values[order[i]], xt[inner[i]], over, precision)
         return yt.at[places[i]].add(product)
 
     yt = jnp.zeros((outputs, bn, m), jnp.float32)
@@ -108,49 +113,22 @@ def matmul_known(
     places: np.ndarray,
     outputs: int,
     *,
-    transpose: bool = False,
     precision: lax.PrecisionLike = None,
 ) -> Float[Array, "M N"]:
     """As `matmul`, for a pattern that is known: one product an output."""
     m = x.shape[0]
-    rows, cols = values.shape[1:]
-    bk, bn = (cols, rows) if transpose else (rows, cols)
-    over = ((1, 2), (0, 2 if transpose else 1))
+    bk, bn = values.shape[1:]
     found = []
     for begin, end in _runs(places, outputs):
         if begin == end:
             found.append(jnp.zeros((m, bn), x.dtype))
             continue
         parts = [x[:, i * bk : (i + 1) * bk] for i in inner[begin:end].tolist()]
-        parts = jnp.stack(parts, 1)  # [M, blocks, bk]
-        y = _dot(parts, values[begin:end], (over, ((), ())), precision)
+        column = values[begin:end].reshape(-1, bn)
+        over = (((1,), (0,)), ((), ()))
+        y = _dot(jnp.concatenate(parts, 1), column, over, precision)
         found.append(y.astype(x.dtype))
     return jnp.concatenate(found, 1)
-
-
-def products_known(
-    xt: Float[Array, "K M"],
-    dy: Float[Array, "M N"],
-    inner: np.ndarray,
-    places: np.ndarray,
-    *,
-    block: tuple[int, int],
-    precision: lax.PrecisionLike = None,
-) -> Float[Array, "capacity rows cols"]:
-    """As `products`, for a pattern that is known."""
-    rows, cols = block
-    found = []
-    for n, (begin, end) in enumerate(_runs(places, dy.shape[1] // cols)):
-        if begin == end:
-            continue
-        parts = [xt[i * rows : (i + 1) * rows] for i in inner[begin:end].tolist()]
-        some = dy[:, n * cols : (n + 1) * cols]
-        over = (((1,), (0,)), ((), ()))
-        product = _dot(jnp.concatenate(parts), some, over, precision)
-        found.append(product.astype(xt.dtype).reshape(-1, rows, cols))
-    taken = sum(len(x) for x in found)
-    found.append(jnp.zeros((len(inner) - taken, rows, cols), xt.dtype))
-    return jnp.concatenate(found)
 
 
 def _runs(places: np.ndarray, outputs: int) -> Iterator[tuple[int, int]]:

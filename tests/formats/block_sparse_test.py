@@ -62,7 +62,9 @@ def test_other_layouts(block):
 
 def test_more_blocks_than_room():
     w = jnp.ones((4, 4))
-    with pytest.raises(ValueError, match="capacity: got 2, but the mask keeps 4 blocks"):
+    with pytest.raises(
+        ValueError, match="capacity: got 2, but the mask keeps 4 blocks"
+    ):
         pack(w, w != 0, jp.Block(2, 2), capacity=2)
     packed = jax.jit(lambda w: pack(w, w != 0, jp.Block(2, 2), capacity=2))(w)
     assert jnp.isnan(packed.values).all()

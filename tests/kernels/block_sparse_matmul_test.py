@@ -28,8 +28,7 @@ def make(shape, dtype="float32", seed=0):
         blocks[1:2], blocks[:, 1:2] = False, False
     mask = np.kron(blocks, np.ones(block, bool))[:k, :n]
     x, w, dy = (
-        jnp.asarray(random.standard_normal(s), dtype)
-        for s in ((m, k), (k, n), (m, n))
+        jnp.asarray(random.standard_normal(s), dtype) for s in ((m, k), (k, n), (m, n))
     )
     capacity = max(1, int(blocks.sum())) + spare
     packed = jp.formats.pack(w, jnp.asarray(mask), jp.Block(*block), capacity=capacity)
@@ -71,7 +70,9 @@ def test_agrees_with_the_dense_product(shape, backend, dtype):
         (x, packed, dy),
     )
     wanted = with_gradients(reference.block_sparse_matmul, *exact)
-    for name, a, b in zip(("y", "dx", "dvalues"), fast(x, packed, dy), wanted, strict=True):
+    for name, a, b in zip(
+        ("y", "dx", "dvalues"), fast(x, packed, dy), wanted, strict=True
+    ):
         assert a.dtype == x.dtype
         size = max(1.0, float(jnp.abs(b).max(initial=0)))
         error = np.abs(np.asarray(a, np.float32) - np.asarray(b)).max(initial=0)

@@ -39,6 +39,7 @@ def prepare(dump: str) -> None:
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
         "--xla_jf_dump_llo_pass_label_regex=final_bundles",
     }
@@ -59,10 +60,11 @@ def measure(dump: str) -> dict[str, dict[str, int]]:
             chips = topologies.get_topology_desc(platform="tpu", topology_name=topology)
             mesh = Mesh(np.array(chips.devices[:1]), ("x",))
             whole = NamedSharding(mesh, PartitionSpec())
-            operands = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
-                case.operands,
-            )
+            leaves, treedef = jax.tree.flatten(case.operands)
+            leaves = [
+                jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in leaves
+            ]
+            operands = treedef.unflatten(leaves)
             for file in pathlib.Path(dump).iterdir():
                 file.unlink()
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -86,7 +88,5 @@ def _in_the_loop(dump: str, kernel: str) -> int:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         prepare(folder)
-        # Beside the table there is nothing on stdout, whatever libtpu has to say.
         found = measure(folder)
-        json.dump(found, sys.stdout, indent=1)
-        print()
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
