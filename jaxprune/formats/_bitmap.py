@@ -8,7 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import core, lax
 from jaxtyping import Array, Bool, Int32, Shaped, UInt32
 
 from jaxprune.formats import _layout
@@ -79,12 +79,13 @@ def pack_bitmap(
     layout = _layout.of(w.shape, (w.ndim - 2,), (w.ndim - 1,))
     if capacity is None:
         capacity = _most(mask)
-    elif not isinstance(mask, jax.core.Tracer) and (most := _most(mask)) > capacity:
+    elif not isinstance(mask, core.Tracer) and (most := _most(mask)) > capacity:
         raise ValueError(
             f"capacity: got {capacity}, but the mask keeps {most} weights; expected at "
             "least as many. Leave capacity= out, or prune more."
         )
-    return BitmapArray(*_fields(w, mask, capacity), layout)
+    bits, values, starts = _fields(w, mask, capacity)
+    return BitmapArray(bits, values, starts, layout)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -157,7 +158,7 @@ def _places_in_word() -> UInt32[Array, "32 1"]:
 
 def _most(mask: Bool[Array, "... K N"]) -> int:
     """The largest number of weights that any matrix of the stack keeps, at least 1."""
-    if isinstance(mask, jax.core.Tracer):
+    if isinstance(mask, core.Tracer):
         raise ValueError(
             "capacity: got None under jax.jit, where the number of weights is not known; "
             "expected an int, the most weights that a mask may keep."

@@ -48,7 +48,7 @@ def pack(
 def pack(
     w: Shaped[Array, "... K N"],
     mask: Bool[Array, "... K N"] | masks.PackedMask,
-    structure: Structure,
+    structure: Unstructured | Channel,
     *,
     capacity: int | None = None,
 ) -> BitmapArray: ...
