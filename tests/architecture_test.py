@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "posttrain": _MEASURES,
     "structured": {"_tree", "tracing", "scores", "calibration"},
     "formats": {"masks", "structures"},
-    "kernels": {"formats"},
+    "kernels": {"formats", "masks"},
     "acceleration": {"tracing", "formats", "kernels"},
     "checkpoint": {"_tree", "formats", "masks"},
     "analysis": _MEASURES | {"_prune"},

@@ -1,5 +1,6 @@
 """Packed weights: what is kept, and where it stands."""
 
+from ._bitmap import BitmapArray as BitmapArray
 from ._block_sparse import BlockSparseArray as BlockSparseArray
 from ._layout import Layout as Layout
 from ._pack import pack as pack

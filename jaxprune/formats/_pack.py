@@ -1,17 +1,19 @@
 """From a weight and its mask to the format of its structure, and back."""
 
 import functools
+from typing import overload
 
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Shaped
 
 from jaxprune import masks
-from jaxprune.formats import _block_sparse
+from jaxprune.formats import _bitmap, _block_sparse
+from jaxprune.formats._bitmap import BitmapArray
 from jaxprune.formats._block_sparse import BlockSparseArray
-from jaxprune.structures import Block, Structure
+from jaxprune.structures import Block, Channel, Structure, Unstructured
 
 
 @functools.singledispatch
-def unpack(packed: BlockSparseArray) -> Float[Array, "..."]:
+def unpack(packed: BlockSparseArray | BitmapArray) -> Shaped[Array, "..."]:
     """The weight with its zeros: `where(mask, w, 0)`, bit for bit.
 
     Args:
@@ -29,28 +31,53 @@ def unpack(packed: BlockSparseArray) -> Float[Array, "..."]:
 
 
 unpack.register(BlockSparseArray, _block_sparse.unpack_blocks)
+unpack.register(BitmapArray, _bitmap.unpack_bitmap)
+
+
+@overload
+def pack(
+    w: Shaped[Array, "..."],
+    mask: Bool[Array, "..."] | masks.PackedMask,
+    structure: Block,
+    *,
+    capacity: int | None = None,
+) -> BlockSparseArray: ...
+
+
+@overload
+def pack(
+    w: Shaped[Array, "... K N"],
+    mask: Bool[Array, "... K N"] | masks.PackedMask,
+    structure: Unstructured | Channel,
+    *,
+    capacity: int | None = None,
+) -> BitmapArray: ...
 
 
 def pack(
-    w: Float[Array, "..."],
+    w: Shaped[Array, "..."],
     mask: Bool[Array, "..."] | masks.PackedMask,
     structure: Structure,
     *,
     capacity: int | None = None,
-) -> BlockSparseArray:
-    """Packs a weight without its zeros; `Block` gives a `BlockSparseArray`.
+) -> BlockSparseArray | BitmapArray:
+    """Packs a weight without its zeros.
+
+    `Block` gives a `BlockSparseArray`; `Unstructured` and `Channel` give a `BitmapArray`.
 
     Args:
-      w: the weight, `[..., K, N]`; other layouts by the axes of the structure.
+      w: the weight, `[..., K, N]`; other layouts by the axes of a `Block`.
       mask: True where a weight is kept, packed to bits or not.
       structure: decides the format. A block is stored whole if anything in it is kept,
         and a block that reaches over the edge of the matrix is padded.
-      capacity: blocks that there is room for, with stacked matrices in each of them; by
-        default as many as the mask keeps. Under `jax.jit` it must be given, and a mask
-        that keeps more gives values of NaN.
+      capacity: blocks, or weights of a bitmap, that there is room for, with stacked
+        matrices in each of them; by default as many as the mask keeps. Under `jax.jit` it
+        must be given, and a mask that keeps more gives values of NaN (integers: the
+        least there is).
 
     Raises:
-      ValueError: if mask and weight do not match, or the mask keeps more than `capacity`.
+      ValueError: if mask and weight do not match, the mask keeps more than `capacity`, or
+        the weight is no matrix.
       TypeError: if there is no format for the structure.
 
     Example:
@@ -67,6 +94,9 @@ def pack(
         )
     if isinstance(structure, Block):
         return _block_sparse.pack_blocks(w, mask, structure, capacity)
+    if isinstance(structure, Unstructured | Channel):
+        return _bitmap.pack_bitmap(w, mask, capacity)
     raise TypeError(
-        f"structure: got {structure!r}; expected Block, the structures that have a format."
+        f"structure: got {structure!r}; expected Block, Unstructured or Channel, the "
+        "structures that have a format."
     )

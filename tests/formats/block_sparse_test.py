@@ -74,8 +74,8 @@ def test_messages():
     w = jnp.ones((4, 4))
     with pytest.raises(ValueError, match=r"mask: its shape is \(2, 2\), that of w is"):
         pack(w, jnp.ones((2, 2), bool), jp.Block(2, 2))
-    with pytest.raises(TypeError, match="structure: got Channel"):
-        pack(w, w != 0, jp.Channel())
+    with pytest.raises(TypeError, match="structure: got 'dense'; expected Block"):
+        pack(w, w != 0, "dense")
     with pytest.raises(TypeError, match="packed: got int; expected what"):
         unpack(3)
     with pytest.raises(ValueError, match="capacity: got None under jax.jit"):

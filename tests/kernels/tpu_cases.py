@@ -1,5 +1,7 @@
 """Kernels in the sizes whose bundles are kept in `tpu_bundles.json`."""
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxprune.kernels.block_sparse_matmul import _steps
 from jaxprune.kernels.block_sparse_matmul import tpu as block_sparse
+from jaxprune.kernels.masked_matmul import tpu as masked
 
 
 class Case(NamedTuple):
@@ -30,6 +33,8 @@ def cases() -> Iterator[Case]:
     """All of them."""
     for size, group in ((128, 4), (128, 8), (256, 2), (512, 1)):
         yield from _block_sparse(size, group)
+    for dtype, m in itertools.product((jnp.bfloat16, jnp.float32), (16, 512)):
+        yield from _masked(dtype, m)
 
 
 def _block_sparse(size: int, group: int, m=1024, extent=2048, bm=512) -> Iterator[Case]:
@@ -64,3 +69,14 @@ def _block_sparse(size: int, group: int, m=1024, extent=2048, bm=512) -> Iterato
         f"block_sparse_matmul {name}: dW", "block_sparse_products",
         outer, (xt, x, index, steps),
     )  # fmt: skip
+
+
+def _masked(dtype, m: int, extent=4096) -> Iterator[Case]:
+    x = jax.ShapeDtypeStruct((m, extent), dtype)
+    w = jax.ShapeDtypeStruct((extent, extent), dtype)
+    bits = jax.ShapeDtypeStruct((extent // 8, extent), jnp.uint8)
+    for what, transpose in (("y", False), ("dx", True)):
+        yield Case(
+            f"masked_matmul {jnp.dtype(dtype).name}, {m} rows: {what}", "masked_matmul",
+            functools.partial(masked.matmul, transpose=transpose), (x, w, bits),
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Products with a matrix that is kept as a bitmap."""
