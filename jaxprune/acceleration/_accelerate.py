@@ -18,12 +18,11 @@ from jaxprune import _tree, masks
 from jaxprune._tree import PyTree
 from jaxprune.acceleration import _cost
 from jaxprune.acceleration._report import Choice, Report
-from jaxprune.formats import BlockSparseArray, pack
+from jaxprune.formats import BlockSparseArray, pack, unpack
 from jaxprune.kernels import block_sparse_matmul
 from jaxprune.structures import Block
 from jaxprune.tracing import View, replay
 
-WORTH = 1.1  # speedup from which a leaf is packed
 _ROUNDS = 7
 
 
@@ -145,8 +144,6 @@ def _contract(
 def _dense(view: View, primitive: str) -> Array:
     """The array of a packed view, where `fn` is called in another way than in the example."""
     del primitive
-    from jaxprune.formats import unpack
-
     leaf = unpack(view.value)
     return leaf.transpose(view.axes).astype(view.dtype)
 
@@ -226,9 +223,9 @@ def _choose(path, leaf, mask, sites, others, kind, measure):
     if best is None or best[0] == 0:
         return left("the mask leaves hardly any block empty")
     speedup, block = best
-    if speedup < WORTH:
+    if speedup < _cost.WORTH:
         return left(
-            f"{block.rows} x {block.cols} blocks would not be {WORTH} times as fast",
+            f"{block.rows} x {block.cols} blocks would not be {_cost.WORTH} times as fast",
             speedup,
         )
     packed = pack(leaf, mask, block)

@@ -5,3 +5,5 @@ from ._block_sparse import BlockSparseArray as BlockSparseArray
 from ._layout import Layout as Layout
 from ._pack import pack as pack
 from ._pack import unpack as unpack
+from ._values import values as values
+from ._values import with_values as with_values

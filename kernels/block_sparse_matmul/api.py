@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -113,7 +114,8 @@ def _known(x: Array, packed: BlockSparseArray) -> _Pattern | None:
     traced = isinstance(x, jax.core.Tracer) or isinstance(
         packed.values, jax.core.Tracer
     )
-    if not traced or packed.capacity > xla.WRITTEN_OUT:
+    few = packed.capacity <= min(xla.WRITTEN_OUT, math.prod(packed.grid) // 8)
+    if not traced or not few:
         return None
     if any(isinstance(p, jax.core.Tracer) for p in places):
         return None
@@ -250,7 +252,7 @@ def _outer(options, x, dy, packed):
     rest = {"block": block, "precision": options.precision}
 
     def by_xla(x, dy, inner, places):
-        return xla.products(x.T, dy, inner, places, **rest)
+        return xla.products(x, dy, inner, places, **rest)
 
     def by_tpu(x, dy, inner, places):
         group = _steps.best_group(capacity, n_blocks, most=1024 // max(block) or 1)

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-FEW = 8  # rows of x for which blocks are multiplied all at once
+FEW = 63  # rows of x up to which blocks are multiplied all at once
 WRITTEN_OUT = (
     1024  # blocks of a pattern that may be written out: it takes time to compile
 )
@@ -43,25 +43,20 @@ def matmul(
       transpose: contract the columns of the blocks.
       precision: of the products.
     """
-    m = x.shape[0]
-    rows, cols = values.shape[1:]
-    bk, bn = (cols, rows) if transpose else (rows, cols)
-    # Transposed, a block of x is one piece of memory, and so is one of y.
-    xt = x.T.reshape(-1, bk, m)
-    axis = 1 if transpose else 0
+    bk, bn, over = _extents(values, transpose)
+    parts = _stretches(x, bk)
 
-    def add(i, yt):
-        over = (((axis,), (0,)), ((), ()))
-        product = _dot(values[order[i]], xt[inner[i]], over, precision)
-        return yt.at[places[i]].add(product)
+    def add(i, y):
+        product = _dot(parts[inner[i]], values[order[i]], (over, ((), ())), precision)
+        return y.at[places[i]].add(product)
 
-    yt = jnp.zeros((outputs, bn, m), jnp.float32)
-    yt = lax.fori_loop(0, jnp.sum(places < outputs), add, yt)
-    return yt.reshape(outputs * bn, m).T.astype(x.dtype)
+    y = jnp.zeros((outputs, len(x), bn), jnp.float32)
+    y = lax.fori_loop(0, jnp.sum(places < outputs), add, y)
+    return _joined(y).astype(x.dtype)
 
 
 def products(
-    xt: Float[Array, "K M"],
+    x: Float[Array, "M K"],
     dy: Float[Array, "M N"],
     inner: Int32[Array, " capacity"],
     places: Int32[Array, " capacity"],
@@ -70,20 +65,17 @@ def products(
     precision: lax.PrecisionLike = None,
 ) -> Float[Array, "capacity rows cols"]:
     """`xᵀ dy`, where there are blocks."""
-    k, m = xt.shape
     rows, cols = block
-    xt = xt.reshape(-1, rows, m)
-    dyt = dy.T.reshape(-1, cols, m)
+    left, right = _stretches(x, rows), _stretches(dy, cols)
+    over = (((0,), (0,)), ((), ()))
 
     def write(i, found):
-        product = _dot(
-            xt[inner[i]], dyt[places[i]], (((1,), (1,)), ((), ())), precision
-        )
+        product = _dot(left[inner[i]], right[places[i]], over, precision)
         return found.at[i].set(product)
 
     found = jnp.zeros((inner.shape[0], rows, cols), jnp.float32)
-    number = jnp.sum(places < dyt.shape[0])
-    return lax.fori_loop(0, number, write, found).astype(xt.dtype)
+    number = jnp.sum(places < len(right))
+    return lax.fori_loop(0, number, write, found).astype(x.dtype)
 
 
 def matmul_few(
@@ -97,13 +89,14 @@ def matmul_few(
     precision: lax.PrecisionLike = None,
 ) -> Float[Array, "M N"]:
     """As `matmul`, for a handful of rows: every block is read once, and nothing else counts."""
-    m = x.shape[0]
-    axis = 2 if transpose else 1
-    parts = x.reshape(m, -1, values.shape[axis])[:, inner]
-    product = _dot(values, parts, (((axis,), (2,)), ((0,), (1,))), precision)
-    # [capacity, bn, m]; what has no place is dropped.
-    y = jax.ops.segment_sum(product, places, outputs, indices_are_sorted=True)
-    return y.reshape(-1, m).T.astype(x.dtype)
+    bk, _, ((x_axis,), (axis,)) = _extents(values, transpose)
+    parts = _stretches(x, bk)[inner]
+    over = (((x_axis + 1,), (axis + 1,)), ((0,), (0,)))
+    product = _dot(parts, values, over, precision)
+    # [capacity, M, bn]; what has no place is dropped.
+    return _joined(
+        jax.ops.segment_sum(product, places, outputs, indices_are_sorted=True)
+    ).astype(x.dtype)
 
 
 def matmul_known(
@@ -129,6 +122,21 @@ def matmul_known(
         y = _dot(jnp.concatenate(parts, 1), column, over, precision)
         found.append(y.astype(x.dtype))
     return jnp.concatenate(found, 1)
+
+
+def _extents(values: Array, transpose: bool) -> tuple[int, int, Any]:
+    """Of a block, contracted and produced, and the axes of x and of it to contract."""
+    rows, cols = values.shape[1:]
+    return (cols, rows, ((1,), (1,))) if transpose else (rows, cols, ((1,), (0,)))
+
+
+def _stretches(x: Float[Array, "M K"], size: int) -> Float[Array, "K/size M size"]:
+    """The columns of x, a block at a time: each of them is one piece of memory."""
+    return x.reshape(len(x), -1, size).transpose(1, 0, 2)
+
+
+def _joined(y: Float[Array, "outputs M size"]) -> Float[Array, "M N"]:
+    return y.transpose(1, 0, 2).reshape(y.shape[1], -1)
 
 
 def _runs(places: np.ndarray, outputs: int) -> Iterator[tuple[int, int]]:

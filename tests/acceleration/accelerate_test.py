@@ -1,0 +1,243 @@
+"""`accelerate`: the same numbers from packed leaves, and honest reasons for dense ones."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxprune as jp
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+KEY = jax.random.key(0)
+BLOCK = jp.Block(64, 64)  # large enough for a CPU
+
+
+def dense(shape):
+    return jax.random.normal(KEY, shape) / shape[-2] ** 0.5
+
+
+def mlp(params, x):
+    x = jax.nn.relu(x @ params["up"]["kernel"] + params["up"]["bias"])
+    return x @ params["down"]["kernel"]
+
+
+@pytest.fixture
+def pruned():
+    params = {
+        "up": {"kernel": dense((512, 1024)), "bias": jnp.ones(1024)},
+        "down": {"kernel": dense((1024, 512))},
+    }
+    return jp.prune(params, 0.9, structure=BLOCK)
+
+
+def test_same_result_and_gradients(pruned):
+    params, masks = pruned
+    x = jax.random.normal(KEY, (256, 512))
+    fast, packed, report = jp.accelerate(mlp, params, masks, x)
+    assert [c.go for c in report.choices] == [True, True]
+    assert jax.tree.structure(packed) != jax.tree.structure(params)
+    np.testing.assert_allclose(jax.jit(fast)(packed, x), mlp(params, x), atol=1e-4)
+
+    def of_values(values, x):
+        return jnp.sum(fast(jp.formats.with_values(packed, values), x) ** 2)
+
+    def of_dense(params, x):
+        return jnp.sum(mlp(params, x) ** 2)
+
+    found = jax.jit(jax.grad(of_values, (0, 1)))(jp.formats.values(packed), x)
+    wanted = jax.grad(of_dense, (0, 1))(params, x)
+    np.testing.assert_allclose(found[1], wanted[1], atol=1e-4)
+    np.testing.assert_allclose(
+        found[0]["up"]["bias"], wanted[0]["up"]["bias"], rtol=1e-4, atol=1e-4
+    )
+    grads = jp.formats.with_values(packed, found[0])
+    for name in ("up", "down"):
+        there = jnp.where(masks[name]["kernel"], wanted[0][name]["kernel"], 0)
+        unpacked = jp.formats.unpack(grads[name]["kernel"])
+        np.testing.assert_allclose(unpacked, there, rtol=1e-4, atol=1e-4)
+
+
+def test_other_shapes_than_the_example(pruned):
+    params, masks = pruned
+    example = jax.ShapeDtypeStruct((256, 512), jnp.float32)
+    fast, packed, _ = jp.accelerate(mlp, params, masks, example)
+    for rows in (1, 7):
+        x = jax.random.normal(KEY, (rows, 512))
+        np.testing.assert_allclose(fast(packed, x), mlp(params, x), atol=1e-4)
+
+
+def test_optimizer_state_is_as_large_as_the_values(pruned):
+    params, masks = pruned
+    x = jax.random.normal(KEY, (256, 512))
+    _, packed, report = jp.accelerate(mlp, params, masks, x)
+    state = optax.adam(1e-3).init(jp.formats.values(packed))
+    kept = sum(p["kernel"].values.size for p in packed.values())
+    assert sum(m.size for m in jax.tree.leaves(state[0].mu)) == kept + 1024
+    held = sum(p["kernel"].nbytes for p in packed.values())
+    assert sum(c.nbytes for c in report.choices) == held
+    assert held < 0.12 * sum(c.dense_nbytes for c in report.choices)
+
+
+def test_scan_over_stacked_layers():
+    params, masks = jp.prune({"kernel": dense((3, 512, 512))}, 0.9, structure=BLOCK)
+
+    def fn(params, x):
+        @jax.checkpoint
+        def layer(x, w):
+            return jax.nn.relu(x @ w.astype(jnp.float32)), x.sum()
+
+        return jax.lax.scan(layer, x, params["kernel"])
+
+    x = jax.random.normal(KEY, (256, 512))
+    fast, packed, report = jp.accelerate(fn, params, masks, x)
+    assert report.choices[0].go and report.choices[0].rows == 3 * 256
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        jax.jit(fast)(packed, x), fn(params, x),
+    )  # fmt: skip
+
+
+def test_contracted_from_the_other_side_and_into_many_axes():
+    params = {"left": dense((512, 512)), "heads": dense((512, 8, 64))}
+    masks = {
+        "left": jp.prune(params["left"], 0.9, structure=BLOCK)[1],
+        "heads": jp.prune(
+            params["heads"], 0.9, structure=jp.Block(64, 64, axis=0, out_axis=(1, 2))
+        )[1],
+    }
+    params = jp.masks.apply(params, masks)
+
+    def fn(params, x):
+        y = params["left"] @ x.T  # over the last axis of the leaf
+        return jnp.einsum("km,khd->hmd", y, params["heads"])
+
+    x = jax.random.normal(KEY, (256, 512))
+    fast, packed, report = jp.accelerate(fn, params, masks, x)
+    assert all(c.go for c in report.choices), report
+    np.testing.assert_allclose(
+        jax.jit(fast)(packed, x), fn(params, x), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_reasons_for_leaving_a_leaf_dense():
+    params = {
+        "scattered": dense((512, 512)),
+        "table": dense((512, 512)),
+        "twice": dense((512, 512)),
+        "unused": dense((512, 512)),
+        "never": dense((512, 512)),
+    }
+    params, masks = jp.prune(params, 0.9, structure=BLOCK, where="!never")
+    masks["scattered"] = jax.random.bernoulli(KEY, 0.5, (512, 512))
+
+    def fn(params, x):
+        y = x @ params["scattered"] + params["table"][0]
+        return y @ params["twice"] @ params["twice"].T @ params["never"]
+
+    x = jax.random.normal(KEY, (256, 512))
+    fast, packed, report = jp.accelerate(fn, params, masks, x)
+    reasons = {c.path: c.reason for c in report.choices}
+    assert "never" not in reasons and not any(c.go for c in report.choices)
+    assert "would not be 1.1 times as fast" in reasons["scattered"]
+    assert "not in a product" in reasons["table"]
+    assert "different axes" in reasons["twice"]
+    assert reasons["unused"] == "not used in a product"
+    masked = jp.masks.apply(params, masks)
+    np.testing.assert_allclose(fast(packed, x), fn(masked, x), rtol=1e-5, atol=1e-4)
+    table = str(report).splitlines()
+    assert len(table) == 6 and "0 of 4 masked leaves are packed" in table[-1]
+
+
+def test_measured_choices_are_timed(pruned):
+    params, masks = pruned
+    x = jax.random.normal(KEY, (64, 512))
+    fast, packed, report = jp.accelerate(mlp, params, masks, x, measure=True)
+    assert all(c.speedup > 0 and c.measured for c in report.choices)
+    np.testing.assert_allclose(fast(packed, x), mlp(params, x), atol=1e-4)
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(512)(x))
+        return nn.DenseGeneral((8, 64))(x)
+
+
+def test_linen_and_nnx_modules():
+    x = jax.random.normal(KEY, (256, 512))
+    model = Linen()
+    params = model.init(KEY, x)["params"]
+    axes = {"*DenseGeneral*": 0, "*": -2}
+    outs = {"*DenseGeneral*": (1, 2), "*": -1}
+    kinds = {p: jp.Block(64, 64, axis=axes[p], out_axis=outs[p]) for p in axes}
+    masks = {}
+    for name, layer in params.items():
+        kind = next(s for p, s in kinds.items() if p == "*" or p.strip("*") in name)
+        masks[name] = jp.prune(layer, 0.9, structure=kind, where="kernel")[1]
+    params = jp.masks.apply(params, masks)
+
+    def linen(params, x):
+        return model.apply({"params": params}, x)
+
+    fast, packed, report = jp.accelerate(linen, params, masks, x)
+    assert [c.go for c in report.choices] == [True, True], report
+    np.testing.assert_allclose(fast(packed, x), linen(params, x), rtol=1e-4, atol=1e-4)
+
+    module = nnx.Sequential(
+        nnx.Linear(512, 512, rngs=nnx.Rngs(0)), nnx.relu,
+        nnx.Linear(512, 512, rngs=nnx.Rngs(1)),
+    )  # fmt: skip
+    graph, state = nnx.split(module)
+    state, masks = jp.prune(state, 0.9, structure=BLOCK)
+
+    def apply(state, x):
+        return nnx.merge(graph, state)(x)
+
+    fast, packed, report = jp.accelerate(apply, state, masks, x)
+    assert [c.go for c in report.choices] == [True, True], report
+    np.testing.assert_allclose(
+        jax.jit(fast)(packed, x), apply(state, x), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_predictions_by_device():
+    shapes = [(2048, 4096, 4096), (16, 4096, 4096)]
+    for device in ("v4", "v5e", "v5p", "v6e", "tpu7x", "h200", "cpu"):
+        report = jp.predict(shapes, jp.Block(128, 128), 0.9, device)
+        assert all(c.go and 1.1 < c.speedup <= 10.5 for c in report.choices), device
+    assert not jp.predict(shapes, jp.Block(32, 32), 0.9, "v6e").choices[0].go
+    assert not jp.predict(shapes, jp.Block(128, 128), 0.0, "v5e").choices[0].go
+    bytes_kept = jp.predict(shapes, jp.Block(128, 128), 0.9, "v5e").choices[0].nbytes
+    assert abs(bytes_kept / (4096**2 * 2) - 0.1) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: jp.predict([(1, 64, 64)], jp.Block(32, 32), 0.5, "v9"),
+            ValueError, "device: got 'v9'; expected one of cpu, v4",
+        ),
+        (
+            lambda: jp.predict([(1, 64, 64)], jp.NM(2, 4), 0.5, "v4"),
+            TypeError, "structure: got NM.*expected a square block",
+        ),
+        (
+            lambda: jp.predict([(1, 64, 64)], jp.Block(32, 32), 1.0, "v4"),
+            ValueError, r"sparsity: got 1.0; expected a share in \[0, 1\)",
+        ),
+        (
+            lambda: jp.accelerate(
+                lambda p, x: x @ p["w"], {"w": jnp.ones((4, 4))},
+                {"w": jnp.ones((4, 5), bool)}, jnp.ones((2, 4)),
+            ),
+            ValueError, "shape",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

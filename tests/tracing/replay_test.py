@@ -1,0 +1,114 @@
+"""Running a jaxpr anew: what it computes stays the same, and views end where they should."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprune.tracing import View, replay
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+KEY = jax.random.key(0)
+
+
+def run(fn, params, *args):
+    """Replays `fn`, all leaves of `params` being views; what they were used for."""
+    closed = jax.make_jaxpr(fn)(params, *args)
+    uses = []
+
+    def contract(x, view, x_axes, view_axes, *, times, **options):
+        uses.append((view.path, tuple(view.axes[a] for a in view_axes), times))
+        leaf = view.value.transpose(view.axes).astype(view.dtype)
+        return jax.lax.dot_general(x, leaf, ((x_axes, view_axes), ((), ())), **options)
+
+    def dense(view, primitive):
+        uses.append((view.path, primitive))
+        return view.value.transpose(view.axes).astype(view.dtype)
+
+    views = [
+        View(x, name, tuple(range(x.ndim)), x.dtype)
+        for name, x in sorted(params.items())
+    ]
+    found = replay(
+        closed, [*views, *jax.tree.leaves(args)], contract=contract, dense=dense
+    )
+    wanted = jax.tree.leaves(fn(params, *args))
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        assert a.dtype == b.dtype
+    return uses
+
+
+def weight(*shape):
+    return jax.random.normal(KEY, shape)
+
+
+X = jax.random.normal(KEY, (5, 8))
+
+
+def test_casts_and_transpositions():
+    uses = run(
+        lambda p, x: x.astype(jnp.bfloat16) @ p["w"].T.astype(jnp.bfloat16),
+        {"w": weight(6, 8)}, X,
+    )  # fmt: skip
+    assert uses == [("w", (1,), 1)]
+
+
+def test_from_the_left_into_two_axes():
+    uses = run(
+        lambda p, x: jnp.einsum("khd,mk->hmd", p["w"], x), {"w": weight(8, 2, 3)}, X
+    )
+    assert uses == [("w", (0,), 1)]
+
+
+def test_two_contracted_axes():
+    x = jax.random.normal(KEY, (5, 2, 3))
+    uses = run(
+        lambda p, x: jnp.einsum("mhd,hdk->mk", x, p["w"]), {"w": weight(2, 3, 4)}, x
+    )
+    assert [(u[0], sorted(u[1])) for u in uses] == [("w", [0, 1])]
+
+
+def test_calls_checkpoints_and_custom_rules():
+    @jax.custom_vjp
+    def product(x, w):
+        return x @ w
+
+    product.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, dy: (dy, kept[1]))
+
+    def fn(p, x):
+        x = jax.jit(lambda w: x @ w)(p["a"])
+        x = jax.checkpoint(lambda w: jax.nn.relu(x @ w))(p["b"])
+        return product(x, p["c"])
+
+    uses = run(fn, {n: weight(8, 8) for n in "abc"}, X)
+    assert uses == [(n, (0,), 1) for n in "abc"]
+
+
+def test_scans_nest():
+    def fn(p, x):
+        def outer(x, ws):
+            return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), x.sum()), x, ws)
+
+        return jax.lax.scan(outer, x, p["w"])
+
+    assert run(fn, {"w": weight(2, 3, 8, 8)}, X) == [("w", (0,), 6)]
+
+
+def test_scan_with_a_leaf_that_stays():
+    def fn(p, x):
+        return jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ p["w"]), x)
+
+    assert run(fn, {"w": weight(8, 8)}, X) == [("w", (0,), 3)]
+
+
+def test_everything_else_sees_the_array():
+    def fn(p, x):
+        y = jnp.einsum("bmk,bkn->bmn", x[None], p["batched"][None])
+        picked = jax.lax.cond(x[0, 0] > 0, lambda w: w, lambda w: -w, p["branch"])
+        return y[0] + p["table"][jnp.arange(5)] + picked[:5]
+
+    uses = run(fn, {n: weight(8, 8) for n in ("batched", "branch", "table")}, X)
+    assert ("branch", "cond") in uses and ("table", "gather") in uses
+    assert any(u[0] == "batched" for u in uses)
+    assert not any(isinstance(u[1], tuple) for u in uses)
