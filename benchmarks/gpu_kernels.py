@@ -423,7 +423,7 @@ def tiles(settings: Settings) -> tuple[list[str], str]:
         for m in (8192, 2048, 16):
             case = Case(size, 128, 0.9, m)
             chosen = gpu.choose_tile(m, size // 128, 128)
-            others = [(256, 128, 4), (256, 128, 3), (256, 64, 5), (256, 64, 4)]
+            others = [(256, 128, 4), (256, 128, 3), (256, 64, 4)]
             others += [(128, 128, 6), (128, 128, 5), (128, 128, 4), (128, 64, 8)]
             others += [(128, 64, 6), (64, 128, 6), (64, 64, 8), (64, 64, 4)]
             cells = []

@@ -19,7 +19,7 @@ Backend: TypeAlias = Literal["gpu", "tpu", "xla"]
 @dataclasses.dataclass(frozen=True)
 class _Options:
     backend: Backend | None
-    suited: tuple[Backend, ...]  # to choose from where none is asked for
+    suited: tuple[str, ...]  # to choose from where none is asked for
     precision: lax.PrecisionLike
     interpret: Any
 

@@ -328,7 +328,7 @@ def _walk(tile, shape, count, producer, consumer, ys, full, empty):
                 lax.fori_loop(0, steps, step, None)
                 return total[...]
 
-            total = pl.run_scoped(scope, plgpu.ACC(shape, jnp.float32))
+            total = pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
             @pl.when(steps > 0)
             def _():
