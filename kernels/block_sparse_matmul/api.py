@@ -27,7 +27,7 @@ class _Pattern(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class _Options:
     backend: Backend | None
-    suited: tuple[Backend, ...]  # to choose from where none is asked for
+    suited: tuple[str, ...]  # to choose from where none is asked for
     precision: lax.PrecisionLike
     interpret: Any
     pattern: _Pattern | None

@@ -92,24 +92,23 @@ def matmul(
     together = max(1, min(m_tiles, _CACHE // (tile.rows * k * x.dtype.itemsize)))
     ctas = min(tiles, _processors())
 
-    def body(start, long_first, order, inner, x, values, y, xs, ws, ys, full, empty):
+    def body(column, first, end, order, inner, x, values, y, xs, ws, ys, full, empty):
         def at(i):
-            """First row, column of blocks, and piece of it, of the i-th tile."""
+            """Of the i-th tile: first row, place among the columns, and piece of it."""
             i = _turn(i, ctas)
             many = together * outputs * pieces
             first = i // many * together
             count = jnp.minimum(together, m_tiles - first)
             i = lax.rem(i, many)
-            column = i // count
             row = (first + lax.rem(i, count)) * tile.rows
-            return row, long_first[column // pieces], lax.rem(column, pieces)
+            return row, i // count // pieces, lax.rem(i // count, pieces)
 
         def producer(i):
-            row, column, piece = at(i)
-            first = start[column]
+            row, rank, piece = at(i)
+            begin = first[rank]
 
             def load(step, slot, free):
-                position = first + step // chunks
+                position = begin + step // chunks
                 chunk = lax.rem(step, chunks) * _STEP
                 block, place = order[position], inner[position]
                 parts = pl.ds(chunk, _STEP), pl.ds(piece * tile.cols, tile.cols)
@@ -119,27 +118,27 @@ def matmul(
                 plgpu.copy_gmem_to_smem(from_x, xs.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(from_w, ws.at[slot], full.at[slot])
 
-            return (start[column + 1] - first) * chunks, load
+            return (end[rank] - begin) * chunks, load
 
         def consumer(i, warpgroup):
-            row, column, piece = at(i)
-            mine = warpgroup * own
+            row, rank, piece = at(i)
+            steps = (end[rank] - first[rank]) * chunks
+            rows = row + warpgroup * own
+            cols = column[rank] * bn + piece * tile.cols
 
             def operands(slot):
                 w = ws.at[slot]
                 w = w.transpose((1, 0)) if transpose else w
-                return xs.at[slot, pl.ds(mine, own)], w
+                return xs.at[slot, pl.ds(warpgroup * own, own)], w
 
             def place():
-                rows, cols = row + mine, column * bn + piece * tile.cols
                 return y.at[pl.ds(rows, own), pl.ds(cols, tile.cols)]
 
-            return (start[column + 1] - start[column]) * chunks, operands, place, True
+            return steps, operands, place, True
 
         count = _turns(tiles, ctas)
         _walk(tile, (own, tile.cols), count, producer, consumer, ys, full, empty)
 
-    start, long_first = _columns(places, outputs)
     of_w = (tile.cols, _STEP) if transpose else (_STEP, tile.cols)
     kernel = _kernel(
         body,
@@ -154,7 +153,7 @@ def matmul(
         name="block_sparse_matmul",
         interpret=interpret,
     )
-    return kernel(start, long_first, order, inner, x, values)
+    return kernel(*_columns(places, outputs), order, inner, x, values)
 
 
 def products(
@@ -329,7 +328,7 @@ def _walk(tile, shape, count, producer, consumer, ys, full, empty):
                 lax.fori_loop(0, steps, step, None)
                 return total[...]
 
-            total = pl.run_scoped(scope, plgpu.ACC(shape, jnp.float32))
+            total = pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
             @pl.when(steps > 0)
             def _():
@@ -391,17 +390,32 @@ def _shared(shape, dtype):
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
+class _Columns(NamedTuple):
+    """Columns of blocks, long ones first.
+
+    Attributes:
+      column: which one it is.
+      first: its first block.
+      end: one past its last block, which may be the first one.
+    """
+
+    column: Int32[Array, " outputs"]
+    first: Int32[Array, " outputs"]
+    end: Int32[Array, " outputs"]
+
+
 def _columns(places, outputs):
-    """Where the blocks of each column begin, `[outputs + 1]`, and which are long."""
     every = jnp.arange(outputs + 1, dtype=jnp.int32)
-    # Comparing all with all is one launch, which a search is not.
+    # Comparing all with all is one launch, which a search or a sort is not.
     start = jnp.sum(places[:, None] < every, 0, dtype=jnp.int32)
     length, column = start[1:] - start[:-1], every[:-1]
     longer = (length > length[:, None]) | (
         (length == length[:, None]) & (column < column[:, None])
     )
     rank = jnp.sum(longer, 1, dtype=jnp.int32)
-    return start, jnp.zeros_like(column).at[rank].set(column, unique_indices=True)
+    here = rank == column[:, None]  # [rank, column]
+    fields = (column, start[:-1], start[1:])
+    return _Columns(*(jnp.sum(here * f, 1, dtype=jnp.int32) for f in fields))
 
 
 class _Pairs(NamedTuple):
