@@ -98,7 +98,8 @@ def measure(name, loss, params, batch, where, rounds):
         params, SPARSITY, score=random, structure=BLOCK, where=where
     )
     fast, packed, report = jp.accelerate(loss, params, masks, batch)
-    assert all(choice.go for choice in report.choices), str(report)
+    if not all(choice.go for choice in report.choices):
+        raise RuntimeError(f"not all layers were packed:\n{report}")
     adamw = optax.adamw(1e-3)
     variants = {
         "dense": trainer(loss, params, adamw),

@@ -118,9 +118,7 @@ def _call(fn: Callable[..., Any], params: PyTree, *args: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(out), y)
 
 
-def _contract(
-    x, view, x_axes, view_axes, *, times, precision, preferred_element_type
-) -> Array | None:
+def _contract(x, view, x_axes, view_axes, *, times, **options) -> Array | None:
     """With a view whose value is packed, over the axes that it was packed for."""
     del times
     packed, ndim = view.value, len(view.axes)
@@ -132,13 +130,13 @@ def _contract(
     rows = x.transpose([*free, *x_order])
     rows = rows.reshape(*rows.shape[: len(free)], -1)
     packed = dataclasses.replace(packed, values=packed.values.astype(view.dtype))
-    y = block_sparse_matmul(rows, packed, precision=precision)
+    y = block_sparse_matmul(rows, packed, precision=options["precision"])
     produced = packed.layout.out_axes
     y = y.reshape(*y.shape[:-1], *(packed.layout.shape[a] for a in produced))
     left = [a - ndim for i, a in enumerate(view.axes) if i not in view_axes]
     order = [len(free) + produced.index(a) for a in left]
     y = y.transpose([*range(len(free)), *order])
-    return y if preferred_element_type is None else y.astype(preferred_element_type)
+    return y.astype(options["preferred_element_type"] or y.dtype)
 
 
 def _dense(view: View, primitive: str) -> Array:
@@ -273,23 +271,17 @@ def _timed(leaf, mask, block: Block, site: _Site) -> float:
     dense = jax.jit(lambda x, w: jnp.dot(x, w, precision=site.precision))
     fast = jax.jit(lambda x, w: block_sparse_matmul(x, w, precision=site.precision))
     calls = (lambda: dense(x, matrix), lambda: fast(x, packed))
-    spent: tuple[list[float], list[float]] = ([], [])
-    for call in calls:
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        jax.block_until_ready(call())
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        once = time.perf_counter() - start
-    repeats = max(1, round(2e-3 / max(once, 1e-6)))
-    for _ in range(_ROUNDS):
-        for call, times in zip(calls, spent, strict=True):
-            start = time.perf_counter()
-            for _ in range(repeats):
-                y = call()
-            jax.block_until_ready(y)
-            times.append(time.perf_counter() - start)
-    return statistics.median(a / b for a, b in zip(*spent, strict=True))
+    jax.block_until_ready([call() for call in calls])  # compiles
+    seconds = [_seconds(call, 1) for call in calls]
+    repeats = max(1, round(2e-3 / min(seconds)))
+    turns = [[_seconds(call, repeats) for call in calls] for _ in range(_ROUNDS)]
+    return statistics.median(a / b for a, b in turns)
+
+
+def _seconds(call: Callable[[], Array], repeats: int) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready([call() for _ in range(repeats)])
+    return time.perf_counter() - start
 
 
 def _is_mask(x: Any) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import core
 from jaxtyping import Array, Bool, Float, Int32
 
 from jaxprune.formats import _layout
@@ -37,7 +38,8 @@ class BlockSparseArray:
     @property
     def block(self) -> tuple[int, int]:
         """Extent of a block along K and N."""
-        return self.values.shape[-2:]
+        rows, cols = self.values.shape[-2:]
+        return rows, cols
 
     @property
     def capacity(self) -> int:
@@ -78,15 +80,16 @@ def pack_blocks(
     kept = _blocks(layout, mask, size).any((-2, -1))  # [..., blocks]
     if capacity is None:
         capacity = _most(kept)
-    elif not isinstance(kept, jax.core.Tracer) and (most := _most(kept)) > capacity:
+    elif not isinstance(kept, core.Tracer) and (most := _most(kept)) > capacity:
         raise ValueError(
             f"capacity: got {capacity}, but the mask keeps {most} blocks; expected at least "
             "as many. Leave capacity= out, or prune more."
         )
     values = _blocks(layout, jnp.where(mask, w, jnp.zeros_like(w)), size)
     grid = tuple(-(-n // b) for n, b in zip(layout.matrix, size, strict=True))
-    fields = _vectorized(values.ndim - 3, _gather, grid, capacity)(values, kept)
-    return BlockSparseArray(*fields, layout)
+    gather = _vectorized(values.ndim - 3, _gather, grid, capacity)
+    values, rows, columns, by_row = gather(values, kept)
+    return BlockSparseArray(values, rows, columns, by_row, layout)
 
 
 def unpack_blocks(packed: BlockSparseArray) -> Float[Array, "..."]:
@@ -118,7 +121,7 @@ def _blocks(layout: _layout.Layout, leaf: Array, size: tuple[int, int]) -> Array
 
 def _most(kept: Bool[Array, "... blocks"]) -> int:
     """The largest number of blocks that any matrix of the stack keeps, at least 1."""
-    if isinstance(kept, jax.core.Tracer):
+    if isinstance(kept, core.Tracer):
         raise ValueError(
             "capacity: got None under jax.jit, where the number of blocks is not known; "
             "expected an int, the most blocks that a mask may keep."

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import core, lax
 from jaxtyping import Array, Float
 
 from jaxprune.formats import BlockSparseArray
@@ -111,13 +111,11 @@ def block_sparse_matmul(
 def _known(x: Array, packed: BlockSparseArray) -> _Pattern | None:
     """The pattern, where the places are constants of a program that is being traced."""
     places = packed.rows, packed.columns
-    traced = isinstance(x, jax.core.Tracer) or isinstance(
-        packed.values, jax.core.Tracer
-    )
+    traced = isinstance(x, core.Tracer) or isinstance(packed.values, core.Tracer)
     few = packed.capacity <= min(xla.WRITTEN_OUT, math.prod(packed.grid) // 8)
     if not traced or not few:
         return None
-    if any(isinstance(p, jax.core.Tracer) for p in places):
+    if any(isinstance(p, core.Tracer) for p in places):
         return None
     return _Pattern(*(np.asarray(p, np.int32).tobytes() for p in places))
 
@@ -212,9 +210,9 @@ def _multiply(options, x, values, order, inner, places, grid):
             values = values[order] if transpose else values
             return xla.matmul_few(x, values, inner, places, outputs, **rest)
         if options.pattern and not transpose:
-            known = (np.frombuffer(p, np.int32) for p in options.pattern)
+            rows, columns = (np.frombuffer(p, np.int32) for p in options.pattern)
             return xla.matmul_known(
-                x, values, *known, outputs, precision=options.precision
+                x, values, rows, columns, outputs, precision=options.precision
             )
         return xla.matmul(x, values, order, inner, places, outputs, **rest)
 
