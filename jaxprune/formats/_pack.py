@@ -3,16 +3,17 @@
 import functools
 
 import jax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Shaped
 
 from jaxprune import masks
-from jaxprune.formats import _block_sparse
+from jaxprune.formats import _block_sparse, _nm
 from jaxprune.formats._block_sparse import BlockSparseArray
-from jaxprune.structures import Block, Structure
+from jaxprune.formats._nm import NMArray
+from jaxprune.structures import NM, Block, Structure
 
 
 @functools.singledispatch
-def unpack(packed: BlockSparseArray) -> Float[Array, "..."]:
+def unpack(packed: BlockSparseArray | NMArray) -> Shaped[Array, "..."]:
     """The weight with its zeros: `where(mask, w, 0)`, bit for bit.
 
     Args:
@@ -30,28 +31,34 @@ def unpack(packed: BlockSparseArray) -> Float[Array, "..."]:
 
 
 unpack.register(BlockSparseArray, _block_sparse.unpack_blocks)
+unpack.register(NMArray, _nm.unpack_nm)
 
 
 def pack(
-    w: Float[Array, "..."],
+    w: Shaped[Array, "..."],
     mask: Bool[Array, "..."] | masks.PackedMask,
     structure: Structure,
     *,
     capacity: int | None = None,
-) -> BlockSparseArray:
-    """Packs a weight without its zeros; `Block` gives a `BlockSparseArray`.
+) -> BlockSparseArray | NMArray:
+    """Packs a weight without its zeros.
+
+    `Block` gives a `BlockSparseArray`, `NM` an `NMArray`.
 
     Args:
       w: the weight, `[..., K, N]`; other layouts by the axes of the structure.
       mask: True where a weight is kept, packed to bits or not.
       structure: decides the format. A block is stored whole if anything in it is kept,
-        and a block that reaches over the edge of the matrix is padded.
-      capacity: blocks that there is room for, with stacked matrices in each of them; by
+        and a block that reaches over the edge of the matrix is padded. Of every group of
+        `NM(n, m)` the mask may keep up to `n`; under `jax.jit` more give values of NaN, or
+        are lost if the weights are integers. The last group of a column may be padded.
+      capacity: for `Block`, blocks that there is room for, with stacked matrices in each of them; by
         default as many as the mask keeps. Under `jax.jit` it must be given, and a mask
         that keeps more gives values of NaN.
 
     Raises:
-      ValueError: if mask and weight do not match, or the mask keeps more than `capacity`.
+      ValueError: if mask and weight do not match, or the mask keeps more than `capacity`,
+        or more than `n` of a group.
       TypeError: if there is no format for the structure.
 
     Example:
@@ -68,6 +75,13 @@ def pack(
         )
     if isinstance(structure, Block):
         return _block_sparse.pack_blocks(w, mask, structure, capacity)
+    if isinstance(structure, NM):
+        if capacity is not None:
+            raise ValueError(
+                f"capacity: got {capacity} for {structure}, which always keeps as many; "
+                "expected None. Leave it out."
+            )
+        return _nm.pack_nm(w, mask, structure)
     raise TypeError(
-        f"structure: got {structure!r}; expected Block, the structures that have a format."
+        f"structure: got {structure!r}; expected Block or NM, which have a format."
     )
