@@ -6,8 +6,9 @@ from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Int, Shaped, UInt8
+from jaxtyping import Array, Bool, Int, Shaped, UInt, UInt8
 
 from jaxprune.formats import _layout, _nm_words
 from jaxprune.structures import NM
@@ -26,21 +27,24 @@ class NMArray:
     (experts, layers of a scan) are leading axes of both fields.
 
     Attributes:
-      values: `n` rows for each group of a column; the last groups may be padding.
+      values: `n` rows for each group of a column; the last groups may be padding. In the
+        coding `"words"` they are `[..., N / 128, kept, 128]`, so that a load of a TPU
+        brings both rows of 8 words.
       codes: where they stand in their groups.
       layout: how the matrix came out of the leaf it was packed from.
       n: values of a group.
       m: weights of a group.
       stride: distance along K between the weights of a group.
       coding: how `codes` are to be read: a bit for each weight of a group (`"bitmap"`), the
-        place of each value (`"places"`), both as bits of bytes; or bits in words, for values of 16 bits in matrices of 256 rows or more that keep 2:4 or 1:2,
-        1:4, 1:8, 1:16 (`"words"`, which TPU kernels read).
+        place of each value (`"places"`), both as bits of bytes; or bits in words, which
+        TPU kernels read (`"words"`): for values of 16 bits that keep 2:4, 1:2, 1:4, 1:8 or
+        1:16, if K is 256 or more and N fills lanes of 128 but for an eighth of N at most.
 
     References:
       Mishra et al., Accelerating Sparse Deep Neural Networks, arXiv 2104.08378.
     """
 
-    values: Shaped[Array, "... kept N"]
+    values: Shaped[Array, "... kept N"] | Shaped[Array, "... N/128 kept 128"]
     codes: Int[Array, "... codes N"]
     layout: _layout.Layout = dataclasses.field(metadata={"static": True})
     n: int = dataclasses.field(metadata={"static": True})
@@ -51,7 +55,7 @@ class NMArray:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the leaf that `unpack` gives."""
-        return (*self.values.shape[:-2], *self.layout.shape)
+        return (*self.codes.shape[:-2], *self.layout.shape)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -89,11 +93,17 @@ class NMArray:
     def pick(self, matrix: Shaped[Array, "... K N"]) -> Shaped[Array, "... kept N"]:
         """What a matrix of this shape has where the values stand."""
         groups = self.values.shape[-2] // self.n
-        weights = _grouped(matrix, self.m, self.stride, groups)
-        return _pick(weights, self.places()).reshape(self.values.shape)
+        weights = _grouped(_as_bits(matrix), self.m, self.stride, groups)
+        values = _pick(weights, self.places())
+        values = values.reshape(*self.codes.shape[:-2], groups * self.n, -1)
+        if self.coding == "words":
+            values = _nm_words.by_lanes(values)
+        return lax.bitcast_convert_type(values, matrix.dtype)
 
 
-def pack_nm(w: Shaped[Array, "..."], mask: Bool[Array, "..."], structure: NM) -> NMArray:
+def pack_nm(
+    w: Shaped[Array, "..."], mask: Bool[Array, "..."], structure: NM
+) -> NMArray:
     """The weights that `mask` keeps, up to `n` of every `m`."""
     if not any(jnp.issubdtype(w.dtype, t) for t in (jnp.floating, jnp.integer)):
         raise TypeError(
@@ -102,21 +112,22 @@ def pack_nm(w: Shaped[Array, "..."], mask: Bool[Array, "..."], structure: NM) ->
     layout = _layout.of(w.shape, *structure.matrix_axes("w", w.shape))
     n, m, stride = (int(x) for x in (structure.n, structure.m, structure.stride))
     coding: Coding = "places" if n * _width(m) < m else "bitmap"
-    if _nm_words.fits(n, m, w.dtype.itemsize, layout.matrix[0]):
+    if _nm_words.fits(n, m, w.dtype.itemsize, layout.matrix):
         coding = "words"
     w, mask = layout.to_matrix(w), layout.to_matrix(mask)
-    values, codes, most = _fields(w, mask, n, m, stride, coding)
+    packed, most = _pack(w, mask, n, m, stride, coding)
     if not isinstance(most, jax.core.Tracer) and most > n:
         raise ValueError(
             f"mask: it keeps {most} weights of a group of {m}; expected at most {n}, as "
             f"{structure} says. Make the mask with this structure."
         )
-    return NMArray(values, codes, layout, n, m, stride, coding)
+    return dataclasses.replace(packed, layout=layout)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _fields(w, mask, n, m, stride, coding):
-    """Values, codes, and the most weights that a group keeps."""
+def _pack(w, mask, n, m, stride, coding):
+    """A packed matrix, and the most weights that one of its groups keeps."""
     *batch, rows, cols = w.shape
     groups = _groups(rows, m, stride)
     if coding == "words":
@@ -133,24 +144,65 @@ def _fields(w, mask, n, m, stride, coding):
     else:
         bits = [(places >> i) & 1 for i in range(_width(m))]
         codes = _bytes(jnp.stack(bits, -2).reshape(*batch, groups, -1, cols))
-    weights = _grouped(jnp.where(mask, w, jnp.zeros_like(w)), m, stride, groups)
+    weights = _grouped(jnp.where(mask, _as_bits(w), 0), m, stride, groups)
     values = _pick(weights, places).reshape(*batch, groups * n, cols)
+    if coding == "words":
+        values = _nm_words.by_lanes(values)
+    values = lax.bitcast_convert_type(values, w.dtype)
     most = jnp.max(jnp.sum(kept, -2), initial=0)
     if jnp.issubdtype(w.dtype, jnp.floating):
         # More weights than there is room for must not go unnoticed, and jit cannot raise.
-        values = jnp.where(most > n, jnp.full_like(values, jnp.nan), values)
-    return values, codes, most
+        values = lax.cond(
+            most > n, lambda x: jnp.full_like(x, jnp.nan), lambda x: x, values
+        )
+    layout = _layout.of((rows, cols), (0,), (1,))
+    return NMArray(values, codes, layout, n, m, stride, coding), most
 
 
+def _pack_forward(w, mask, *static):
+    packed, most = _pack(w, mask, *static)
+    return (packed, most), (packed, mask)
+
+
+def _pack_backward(n, m, stride, coding, kept, gradients):
+    (packed, mask), (gradient, _) = kept, gradients
+    if not jnp.issubdtype(packed.dtype, jnp.floating):
+        return _no_gradient(mask), _no_gradient(mask)
+    return _dense(dataclasses.replace(packed, values=gradient.values)), _no_gradient(
+        mask
+    )
+
+
+_pack.defvjp(_pack_forward, _pack_backward)
+
+
+@jax.custom_vjp
 @jax.jit
 def _dense(packed):
-    *batch, rows, cols = packed.values.shape
+    *batch, _, cols = packed.codes.shape
     n, m, stride, k = packed.n, packed.m, packed.stride, packed.layout.matrix[0]
-    values = packed.values.reshape(*batch, rows // n, n, cols)
+    values = _as_bits(packed.values)
+    if packed.coding == "words":
+        values = _nm_words.by_rows(values, cols)
+    values = values.reshape(*batch, -1, n, cols)
     weights = _spread(values, packed.places(), m)[..., : _groups(k, m, stride), :, :]
     weights = weights.reshape(*batch, -1, stride, m, cols)
     matrix = jnp.swapaxes(weights, -2, -3).reshape(*batch, -1, cols)
-    return matrix[..., :k, :]
+    return lax.bitcast_convert_type(matrix[..., :k, :], packed.dtype)
+
+
+def _dense_backward(packed, gradient):
+    floats = jnp.issubdtype(packed.dtype, jnp.floating)
+    values = packed.pick(gradient) if floats else _no_gradient(packed.values)
+    codes = _no_gradient(packed.codes)
+    return (dataclasses.replace(packed, values=values, codes=codes),)
+
+
+_dense.defvjp(lambda packed: (_dense(packed), packed), _dense_backward)
+
+
+def _no_gradient(x: Array) -> np.ndarray:
+    return np.zeros(x.shape, jax.dtypes.float0)
 
 
 def _groups(rows: int, m: int, stride: int) -> int:
@@ -201,28 +253,24 @@ def _places_of(bits: Array, n: int) -> Int[Array, "... n N"]:
     return jnp.sum(before <= ranks, -2, dtype=jnp.int32)
 
 
-def _pick(weights: Shaped[Array, "... m N"], places: Int[Array, "... n N"]) -> Array:
-    """The weights at these places, bit for bit."""
-    m = weights.shape[-2]
-    hit = places[..., None, :] == jnp.arange(m)[:, None]  # [..., n, m, N]
-    return _select(hit, weights[..., None, :, :], -2)
+def _as_bits(x: Array) -> UInt[Array, "..."]:
+    """Floats as integers, since floats are not sure to keep the bits of a NaN."""
+    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
 
 
-def _spread(values: Shaped[Array, "... n N"], places: Array, m: int) -> Array:
-    """The values at these places of `m`, bit for bit, and 0 elsewhere."""
+# Both are sums of which one term at most is not 0: that needs no gather or scatter, and XLA
+# fuses it with what comes before.
+def _pick(bits: UInt[Array, "... m N"], places: Int[Array, "... n N"]) -> Array:
+    """The weights at these places."""
+    place = jnp.arange(bits.shape[-2])[:, None]
+    hit = places[..., None, :] == place  # [..., n, m, N]
+    return jnp.sum(jnp.where(hit, bits[..., None, :, :], 0), -2, dtype=bits.dtype)
+
+
+def _spread(bits: UInt[Array, "... n N"], places: Array, m: int) -> Array:
+    """The values at these places of `m`, and 0 elsewhere."""
     hit = places[..., None, :, :] == jnp.arange(m)[:, None, None]  # [..., m, n, N]
-    return _select(hit, values[..., None, :, :], -2)
-
-
-def _select(hit: Bool[Array, "..."], x: Array, axis: int) -> Array:
-    """The one of `x` along an axis for which `hit` is set, or 0.
-
-    As a sum of integers, of which one is not 0: it keeps every bit, needs no gather, and
-    XLA fuses it with what comes before.
-    """
-    bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-    found = jnp.sum(jnp.where(hit, bits, 0), axis, dtype=bits.dtype)
-    return lax.bitcast_convert_type(found, x.dtype)
+    return jnp.sum(jnp.where(hit, bits[..., None, :, :], 0), -2, dtype=bits.dtype)
 
 
 def _bytes(bits: Array) -> UInt8[Array, "... bytes N"]:

@@ -8,14 +8,13 @@ Which of the two is given by the half it stands in, unless both have the same pa
 (0 and 2, or 1 and 3): then a third bit says that what goes to rows 2 and 3 changes halves.
 """
 
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Int32
+from jaxtyping import Array, Bool, Int, Int32, Shaped
 
-LEAST = 256  # rows of a matrix, below which a tile of words is mostly padding
-_SUBLANES = 8
+_LEAST = 256  # rows of a matrix, below which a tile of words is mostly padding
+_SUBLANES, _LANES = 8, 128
 
 
 class Tiles(NamedTuple):
@@ -61,10 +60,26 @@ class Tiles(NamedTuple):
         return word + 1 + after, bit
 
 
-def fits(n: int, m: int, itemsize: int, rows: int) -> bool:
-    """Whether this coding is for such values."""
+def fits(n: int, m: int, itemsize: int, matrix: tuple[int, int]) -> bool:
+    """Whether this coding is for such values, and would not be mostly padding."""
     simple = (n, m) in ((2, 4), (1, 2), (1, 4), (1, 8), (1, 16))
-    return simple and itemsize == 2 and rows >= LEAST
+    rows, cols = matrix
+    return simple and itemsize == 2 and rows >= _LEAST and 8 * (-cols % _LANES) <= cols
+
+
+def by_lanes(
+    values: Shaped[Array, "... kept N"],
+) -> Shaped[Array, "... N/128 kept 128"]:
+    """Columns in stretches of 128, padded, so that all rows of one follow each other."""
+    *batch, rows, cols = values.shape
+    values = jnp.pad(values, [(0, 0)] * (len(batch) + 1) + [(0, -cols % _LANES)])
+    return jnp.swapaxes(values.reshape(*batch, rows, -1, _LANES), -2, -3)
+
+
+def by_rows(values: Array, cols: int) -> Shaped[Array, "... kept N"]:
+    """Undoes `by_lanes`."""
+    *batch, _, rows, _ = values.shape
+    return jnp.swapaxes(values, -2, -3).reshape(*batch, rows, -1)[..., :cols]
 
 
 def tiles(n: int, m: int, groups: int) -> Tiles:
@@ -147,8 +162,3 @@ def decode(
     low, high = (sum(h[up] << i for i, h in enumerate(halves[::-1])) for up in (0, 1))
     places = jnp.stack([low, high], -2)  # [..., pairs, 2, N]
     return places.reshape(*batch, -1, 1, cols)
-
-
-def decoded_rows(tiles: Tiles) -> int:
-    """Rows of the matrix in all tiles."""
-    return tiles.count * tiles.planes * tiles.rows

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 from jaxtyping import Array, Bool, Shaped
 
 from jaxprune import masks
@@ -52,8 +51,8 @@ def pack(
         and a block that reaches over the edge of the matrix is padded. Of every group of
         `NM(n, m)` the mask may keep up to `n`; under `jax.jit` more give values of NaN, or
         are lost if the weights are integers. The last group of a column may be padded.
-      capacity: for `Block`, blocks that there is room for, with stacked matrices in each of them; by
-        default as many as the mask keeps. Under `jax.jit` it must be given, and a mask
+      capacity: for `Block`, blocks that there is room for, with stacked matrices in each of
+        them; by default as many as the mask keeps. Under `jax.jit` it must be given, and a mask
         that keeps more gives values of NaN.
 
     Raises:

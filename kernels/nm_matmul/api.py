@@ -77,7 +77,7 @@ def nm_matmul(
             "x.astype(jnp.bfloat16)."
         )
     k, n = packed.layout.matrix
-    stack = packed.values.shape[:-2]
+    stack = packed.codes.shape[:-2]
     if x.shape[-1:] != (k,) or x.shape[: len(stack)] != stack:
         raise ValueError(
             f"x: its shape is {x.shape}; expected {[*stack, '...', k]}, since packed holds "
@@ -109,8 +109,8 @@ def _why_not_tpu(packed: NMArray, dtype) -> str:
         )
     if packed.coding != "words":
         return (
-            f"it is {packed.n}:{packed.m} with K={packed.layout.matrix[0]}; expected 2:4, "
-            "1:2, 1:4, 1:8 or 1:16 with K of 256 or more."
+            f"it is {packed.n}:{packed.m} of the shape {packed.layout.matrix}; expected "
+            "2:4, 1:2, 1:4, 1:8 or 1:16, K of 256 or more, and N a multiple of 128 or large."
         )
     return ""
 

@@ -11,7 +11,11 @@ def nm_matmul(
     x: Float[Array, "... K"], packed: NMArray, *, precision: lax.PrecisionLike = None
 ) -> Float[Array, "... N"]:
     """`x @ W`, with the zeros of `W` written out."""
-    w = packed.layout.to_matrix(unpack(packed))
-    dtype = jnp.result_type(x, w)
+    w = dense(packed)
     y = jnp.matmul(x, w, precision=precision, preferred_element_type=jnp.float32)
-    return y.astype(dtype)
+    return y.astype(jnp.result_type(x, w))
+
+
+def dense(packed: NMArray) -> Float[Array, "... K N"]:
+    """The matrix, with its zeros."""
+    return packed.layout.to_matrix(unpack(packed))

@@ -36,11 +36,10 @@ SMALL = (
 # What a TPU kernel takes, in bfloat16.
 WIDE = (
     Shape(1, 256, 128, 2, 4),
-    Shape(16, 2048, 640, 2, 4),
-    Shape(17, 1100, 200, 2, 4),
-    Shape(3, 1024, 70, 2, 4, stride=128),
-    Shape(8, 2100, 128, 1, 4),
-    Shape(16, 260, 200, 1, 2),
-    Shape(2, 2500, 96, 1, 8),
-    Shape(70, 2048, 130, 1, 16, stride=16),
+    Shape(17, 1100, 250, 2, 4),
+    Shape(3, 512, 120, 2, 4, stride=128),
+    Shape(8, 600, 128, 1, 4),
+    Shape(16, 260, 250, 1, 2),
+    Shape(2, 300, 125, 1, 8),
+    Shape(70, 512, 128, 1, 16, stride=16),
 )
