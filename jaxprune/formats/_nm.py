@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import core, lax
 from jaxtyping import Array, Bool, Int, Shaped, UInt, UInt8
 
 from jaxprune.formats import _layout, _nm_words
@@ -116,7 +116,7 @@ def pack_nm(
         coding = "words"
     w, mask = layout.to_matrix(w), layout.to_matrix(mask)
     packed, most = _pack(w, mask, n, m, stride, coding)
-    if not isinstance(most, jax.core.Tracer) and most > n:
+    if not isinstance(most, core.Tracer) and most > n:
         raise ValueError(
             f"mask: it keeps {most} weights of a group of {m}; expected at most {n}, as "
             f"{structure} says. Make the mask with this structure."
@@ -124,19 +124,18 @@ def pack_nm(
     return dataclasses.replace(packed, layout=layout)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _pack(w, mask, n, m, stride, coding):
+def _packed(w, mask, n, m, stride, coding):
     """A packed matrix, and the most weights that one of its groups keeps."""
     *batch, rows, cols = w.shape
     groups = _groups(rows, m, stride)
-    if coding == "words":
-        tiles = _nm_words.tiles(n, m, groups)
+    tiles = _nm_words.tiles(n, m, groups) if coding == "words" else None
+    if tiles:
         groups = tiles.groups
     kept = _grouped(mask, m, stride, groups)
     chosen = _filled(kept, n)
     places = _places_of(chosen, n)
-    if coding == "words":
+    if tiles:
         codes, swap = _nm_words.encode(places, tiles)
         places = jnp.where(swap[..., None, :], jnp.flip(places, -2), places)
     elif coding == "bitmap":
@@ -157,6 +156,9 @@ def _pack(w, mask, n, m, stride, coding):
         )
     layout = _layout.of((rows, cols), (0,), (1,))
     return NMArray(values, codes, layout, n, m, stride, coding), most
+
+
+_pack = jax.custom_vjp(_packed, nondiff_argnums=(2, 3, 4, 5))
 
 
 def _pack_forward(w, mask, *static):

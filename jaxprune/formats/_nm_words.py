@@ -25,7 +25,7 @@ class Tiles(NamedTuple):
     of their codes.
 
     Attributes:
-      count: tiles.
+      number: of tiles.
       planes: planes of a tile.
       words: code words of a tile, times 8.
       rows: rows of the matrix that a plane holds.
@@ -33,7 +33,7 @@ class Tiles(NamedTuple):
       turns: 1 if there is a bit for both of them, 0 if not.
     """
 
-    count: int
+    number: int
     planes: int
     words: int
     rows: int
@@ -43,7 +43,7 @@ class Tiles(NamedTuple):
     @property
     def groups(self) -> int:
         """Groups of weights in all tiles, with those that pad."""
-        return self.count * self.planes * _SUBLANES * (1 if self.turns else 2)
+        return self.number * self.planes * _SUBLANES * (1 if self.turns else 2)
 
     def half(self, plane: int, halving: int) -> tuple[int, int]:
         """Word and bit, 0 to 15, of the lower value; the other has the bit 16 above."""
@@ -83,7 +83,7 @@ def by_rows(values: Array, cols: int) -> Shaped[Array, "... kept N"]:
 
 
 def tiles(n: int, m: int, groups: int) -> Tiles:
-    """The tiles that hold so many groups in the fewest words."""
+    """The tiles that hold so many groups in about the fewest words."""
     halvings, turns = (m // n).bit_length() - 1, n - 1
     rows = 2 * _SUBLANES // n * m
     planes = -(-groups * m // rows)
@@ -96,7 +96,13 @@ def tiles(n: int, m: int, groups: int) -> Tiles:
 
     fewest = -(-planes // most)
     choices = [tiles_of(count) for count in range(fewest, fewest + 8)]
-    return min(choices, key=lambda t: t.count * (t.planes + t.words))
+
+    def cost(tiles):
+        # x is not copied for tiles whose rows fill lanes.
+        aligned = tiles.planes * tiles.rows % _LANES == 0
+        return tiles.number * (tiles.planes + tiles.words) * (1 if aligned else 1.03)
+
+    return min(choices, key=cost)
 
 
 def encode(
@@ -119,7 +125,7 @@ def encode(
         bits = [(pairs >> i) & 1 == 1 for i in reversed(range(tiles.halvings))]
         bits = jnp.stack(bits, -2)  # [..., pairs, 2, halvings, N]
         low, high = bits[..., 0, :, :], bits[..., 1, :, :]
-    split = (*batch, tiles.count, tiles.planes, _SUBLANES)
+    split = (*batch, tiles.number, tiles.planes, _SUBLANES)
     low, high = (x.reshape(*split, tiles.halvings, cols) for x in (low, high))
     words: list[list[Array]] = [[] for _ in range(tiles.words)]
     for plane in range(tiles.planes):
@@ -134,7 +140,7 @@ def encode(
             turned = turn.reshape(*split, cols)[..., plane, :, :]
             words[word].append(turned.astype(jnp.uint32) << bit)
     stacked = jnp.stack([sum(w[1:], w[0]) for w in words], -3)
-    rows = tiles.count * tiles.words * _SUBLANES
+    rows = tiles.number * tiles.words * _SUBLANES
     return stacked.astype(jnp.int32).reshape(*batch, rows, cols), swap
 
 
@@ -143,7 +149,7 @@ def decode(
 ) -> Int[Array, "... groups n N"]:
     """The places in the order of the values, which need not rise."""
     *batch, _, cols = codes.shape
-    words = codes.reshape(*batch, tiles.count, tiles.words, _SUBLANES, cols)
+    words = codes.reshape(*batch, tiles.number, tiles.words, _SUBLANES, cols)
 
     def bit(places):
         taken = jnp.stack([(words[..., w, :, :] >> b) & 1 for w, b in places], -3)

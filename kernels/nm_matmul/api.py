@@ -37,8 +37,9 @@ def nm_matmul(
 
     No multiplication is saved, only the reading of W. That pays where reading is all that
     takes time: on a TPU, for up to 64 rows of x (the decoding of a language model), with
-    bfloat16 values of 2:4, 1:2, 1:4, 1:8 or 1:16. Anything else, and the backward pass,
-    writes out the matrix first and is no faster than the dense product.
+    bfloat16 values of 2:4, 1:2, 1:4, 1:8 or 1:16, K of 256 or more, and N a multiple of
+    128 or large. Anything else, and the backward pass, writes out the matrix first and is
+    slower than the dense product.
 
     Sums are float32. The gradient with respect to `packed.values` exists for what is kept;
     the pattern and integers have none.

@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -37,20 +38,22 @@ def matmul(
       interpret: see `pl.pallas_call`.
     """
     tiles, m, cols = packed.tiles, x.shape[0], packed.codes.shape[-1]
-    x = _by_tile(x, packed)  # [tiles, M, rows of a tile]
+    permutation = _permutation(tiles, packed.n, packed.m, x.dtype)
+    x = _by_tile(x, packed, permutation.shape[0])
     bm = min(128, -(-m // 16) * 16)
-    while bm > 16 and x.shape[0] * bm * x.shape[2] * 2 > _SLAB:
+    while bm > 16 and bm * x.shape[1] * x.dtype.itemsize > _SLAB:
         bm = bm // 32 * 16
-    x = jnp.pad(x, ((0, 0), (0, -m % bm), (0, 0)))
+    x = jnp.pad(x, ((0, -m % bm), (0, 0)))
     bn = min(bn, packed.values.shape[0] * 128)
-    codes = packed.codes.reshape(tiles.count, -1, cols)
+    codes = packed.codes.reshape(tiles.number, -1, cols)
     y = pl.pallas_call(
         functools.partial(
             _matmul, tiles=tiles, precision=precision, interpret=bool(interpret)
         ),
-        grid=(x.shape[1] // bm, pl.cdiv(cols, bn), tiles.count),
+        grid=(x.shape[0] // bm, pl.cdiv(cols, bn), tiles.number),
         in_specs=[
-            pl.BlockSpec((tiles.count, bm, x.shape[2]), lambda i, j, t: (0, i, 0)),
+            pl.BlockSpec((bm, x.shape[1]), lambda i, j, t: (i, 0)),
+            pl.BlockSpec(permutation.shape, lambda i, j, t: (0, 0)),
             pl.BlockSpec(
                 (bn // 128, 16 * tiles.planes, 128), lambda i, j, t: (j, t, 0)
             ),
@@ -58,46 +61,61 @@ def matmul(
         ],
         out_specs=pl.BlockSpec((bm, bn), lambda i, j, t: (i, j)),
         scratch_shapes=[pltpu.VMEM((bm, bn), jnp.float32)],
-        out_shape=jax.ShapeDtypeStruct((x.shape[1], cols), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], cols), x.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
         interpret=interpret,
         name=f"nm_matmul_{packed.n}_{packed.m}",
-    )(x, packed.values, codes)
+    )(x, permutation, packed.values, codes)
     return y[:m]
 
 
-def _by_tile(x: Float[Array, "M K"], packed: NMArray) -> Float[Array, "tiles M rows"]:
-    """The columns of x in the order in which rows of W are decoded."""
-    tiles, n, m, stride = packed.tiles, packed.n, packed.m, packed.stride
+def _by_tile(x: Float[Array, "M K"], packed: NMArray, span: int) -> Array:
+    """Brings x to the order of the groups, with columns of 0 where W is padded.
+
+    Each tile gets a multiple of `span` columns, which is what most have anyway.
+    """
+    tiles, m, stride = packed.tiles, packed.m, packed.stride
     rows, k = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -k % (m * stride))))
-    x = jnp.swapaxes(x.reshape(rows, -1, m, stride), 2, 3).reshape(rows, -1)
+    if stride > 1:
+        x = jnp.pad(x, ((0, 0), (0, -k % (m * stride))))
+        x = jnp.swapaxes(x.reshape(rows, -1, m, stride), 2, 3).reshape(rows, -1)
     x = jnp.pad(x, ((0, 0), (0, tiles.groups * m - x.shape[1])))
+    extra = -(tiles.planes * tiles.rows) % span
+    if extra:
+        x = x.reshape(rows, tiles.number, -1)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, extra))).reshape(rows, -1)
+    return x
+
+
+def _permutation(tiles, n: int, m: int, dtype) -> Float[Array, "span span"]:
+    """From the order of rows to that in which planes are decoded, for whole lanes."""
+    span = max(128, tiles.rows)
     # A word of values becomes words of rows, of two rows each.
-    split = (8, 2, 2) if n == 2 else (16, m, 1)
-    x = x.reshape(rows, tiles.count, tiles.planes, *split)
-    return jnp.moveaxis(jnp.swapaxes(x, 3, 4), 0, 1).reshape(tiles.count, rows, -1)
+    split = (-1, 8, 2, 2) if n == 2 else (-1, 16, m, 1)
+    order = np.arange(span).reshape(split).swapaxes(1, 2).ravel()
+    return jnp.asarray(np.eye(span)[:, order], dtype)
 
 
-def _matmul(x, values, codes, y, total, *, tiles, precision, interpret):
+def _matmul(x, permutation, values, codes, y, total, *, tiles, precision, interpret):
     t = pl.program_id(2)
     added = jnp.where(t == 0, 0.0, total[...])
+    columns = x.shape[1] // tiles.number
+    tile = pl.ds(pl.multiple_of(t * columns, 128), columns)
+    rows = _permuted(x[:, tile], permutation[...])
     lanes = range(values.shape[0])
     for first in range(0, tiles.planes, _AT_ONCE):
         planes = range(first, min(first + _AT_ONCE, tiles.planes))
+        decoded = functools.partial(_decoded, values, codes, tiles, interpret)
+        words = [[w for p in planes for w in decoded(lane, p)] for lane in lanes]
         w = [
-            [
-                w
-                for p in planes
-                for w in _decoded(values, codes, tiles, lane, p, interpret)
-            ]
-            for lane in lanes
+            jnp.concatenate([pltpu.bitcast(word, x.dtype) for word in column], 0)
+            for column in words
         ]
-        w = [jnp.concatenate([pltpu.bitcast(w, x.dtype) for w in ws], 0) for ws in w]
+        first, last = planes.start * tiles.rows, planes.stop * tiles.rows
         added += lax.dot_general(
-            x[t, :, planes.start * tiles.rows : planes.stop * tiles.rows],
+            rows[:, first:last],
             jnp.concatenate(w, 1),
             (((1,), (0,)), ((), ())),
             precision=precision,
@@ -107,9 +125,20 @@ def _matmul(x, values, codes, y, total, *, tiles, precision, interpret):
     y[...] = added.astype(y.dtype)
 
 
+def _permuted(x, permutation):
+    """Lanes in the order of the decoded rows: a product with a permutation is exact."""
+    (bm, k), span = x.shape, permutation.shape[0]
+    stacked = jnp.concatenate([x[:, i : i + span] for i in range(0, k, span)], 0)
+    product = jnp.dot(stacked, permutation, preferred_element_type=jnp.float32)
+    product = product.astype(x.dtype)
+    return jnp.concatenate(
+        [product[i : i + bm] for i in range(0, k // span * bm, bm)], 1
+    )
+
+
 def _decoded(
-    values, codes, tiles, lane: int, plane: int, interpret: bool
-) -> list[Int32[Array, "8 128"]]:
+    values, codes, tiles, interpret: bool, lane: int, plane: int
+) -> list[Int32[Array, "words 128"]]:
     """The words of all rows of a plane, each of two rows that stand on top of each other."""
 
     def code(word):
