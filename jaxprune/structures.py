@@ -198,6 +198,18 @@ class NM:
         axis = views[0][1]
         return _merge(f(*(x for x, _, _ in views), axis + 1), axis)
 
+    def matrix_axes(
+        self, path: str, shape: Sequence[int]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The axes K and N of a leaf of this shape, counted from the front.
+
+        N is what stands behind the first axis of K, or else the one in front of it.
+        """
+        k_axes = self._axes(path, shape)
+        first = min(k_axes)
+        n_axes = tuple(a for a in range(first, len(shape)) if a not in k_axes)
+        return k_axes, n_axes or tuple(range(max(0, first - 1), first))
+
     def _axes(self, path: str, shape) -> tuple[int, ...]:
         return _resolve(path, self.axis, len(shape), "NM axis")
 

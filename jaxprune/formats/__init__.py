@@ -3,6 +3,7 @@
 from ._bitmap import BitmapArray as BitmapArray
 from ._block_sparse import BlockSparseArray as BlockSparseArray
 from ._layout import Layout as Layout
+from ._nm import NMArray as NMArray
 from ._pack import pack as pack
 from ._pack import unpack as unpack
 from ._values import values as values

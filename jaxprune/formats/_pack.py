@@ -6,14 +6,15 @@ from typing import overload
 from jaxtyping import Array, Bool, Shaped
 
 from jaxprune import masks
-from jaxprune.formats import _bitmap, _block_sparse
+from jaxprune.formats import _bitmap, _block_sparse, _nm
 from jaxprune.formats._bitmap import BitmapArray
 from jaxprune.formats._block_sparse import BlockSparseArray
-from jaxprune.structures import Block, Channel, Structure, Unstructured
+from jaxprune.formats._nm import NMArray
+from jaxprune.structures import NM, Block, Channel, Structure, Unstructured
 
 
 @functools.singledispatch
-def unpack(packed: BlockSparseArray | BitmapArray) -> Shaped[Array, "..."]:
+def unpack(packed: BlockSparseArray | NMArray | BitmapArray) -> Shaped[Array, "..."]:
     """The weight with its zeros: `where(mask, w, 0)`, bit for bit.
 
     Args:
@@ -31,6 +32,7 @@ def unpack(packed: BlockSparseArray | BitmapArray) -> Shaped[Array, "..."]:
 
 
 unpack.register(BlockSparseArray, _block_sparse.unpack_blocks)
+unpack.register(NMArray, _nm.unpack_nm)
 unpack.register(BitmapArray, _bitmap.unpack_bitmap)
 
 
@@ -42,6 +44,14 @@ def pack(
     *,
     capacity: int | None = None,
 ) -> BlockSparseArray: ...
+
+
+@overload
+def pack(
+    w: Shaped[Array, "..."],
+    mask: Bool[Array, "..."] | masks.PackedMask,
+    structure: NM,
+) -> NMArray: ...
 
 
 @overload
@@ -60,24 +70,27 @@ def pack(
     structure: Structure,
     *,
     capacity: int | None = None,
-) -> BlockSparseArray | BitmapArray:
+) -> BlockSparseArray | NMArray | BitmapArray:
     """Packs a weight without its zeros.
 
-    `Block` gives a `BlockSparseArray`; `Unstructured` and `Channel` give a `BitmapArray`.
+    `Block` gives a `BlockSparseArray`, `NM` an `NMArray`; `Unstructured` and `Channel` give
+    a `BitmapArray`.
 
     Args:
-      w: the weight, `[..., K, N]`; other layouts by the axes of a `Block`.
+      w: the weight, `[..., K, N]`; other layouts by the axes of a `Block` or `NM`.
       mask: True where a weight is kept, packed to bits or not.
       structure: decides the format. A block is stored whole if anything in it is kept,
-        and a block that reaches over the edge of the matrix is padded.
+        and a block that reaches over the edge of the matrix is padded. Of every group of
+        `NM(n, m)` the mask may keep up to `n`; under `jax.jit` more give values of NaN, or
+        are lost if the weights are integers. The last group of a column may be padded.
       capacity: blocks, or weights of a bitmap, that there is room for, with stacked
         matrices in each of them; by default as many as the mask keeps. Under `jax.jit` it
         must be given, and a mask that keeps more gives values of NaN (integers: the
-        least there is).
+        least there is). Not for `NM`, which has room for `n` of each group.
 
     Raises:
-      ValueError: if mask and weight do not match, the mask keeps more than `capacity`, or
-        the weight is no matrix.
+      ValueError: if mask and weight do not match, the mask keeps more than `capacity` or
+        more than `n` of a group, or the weight is no matrix.
       TypeError: if there is no format for the structure.
 
     Example:
@@ -94,9 +107,16 @@ def pack(
         )
     if isinstance(structure, Block):
         return _block_sparse.pack_blocks(w, mask, structure, capacity)
+    if isinstance(structure, NM):
+        if capacity is not None:
+            raise ValueError(
+                f"capacity: got {capacity} for {structure}, which always keeps as many; "
+                "expected None. Leave it out."
+            )
+        return _nm.pack_nm(w, mask, structure)
     if isinstance(structure, Unstructured | Channel):
         return _bitmap.pack_bitmap(w, mask, capacity)
     raise TypeError(
-        f"structure: got {structure!r}; expected Block, Unstructured or Channel, the "
+        f"structure: got {structure!r}; expected Block, NM, Unstructured or Channel, the "
         "structures that have a format."
     )

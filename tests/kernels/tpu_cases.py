@@ -8,9 +8,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+import jaxprune as jp
 from jaxprune.kernels.block_sparse_matmul import _steps
 from jaxprune.kernels.block_sparse_matmul import tpu as block_sparse
 from jaxprune.kernels.masked_matmul import tpu as masked
+from jaxprune.kernels.nm_matmul import tpu as nm
+
+# Kept of a group, the group, rows of x, K, N, and columns of a step.
+_NM = (
+    (2, 4, 16, 4096, 2048, 512),
+    (2, 4, 16, 4096, 2048, 1024),
+    (2, 4, 64, 4096, 2048, 1024),
+    (2, 4, 17, 1100, 1100, 1024),
+    (2, 4, 16, 11008, 2048, 1024),
+    (1, 4, 16, 4096, 2048, 512),
+    (1, 4, 16, 4096, 2048, 1024),
+    (1, 2, 16, 4096, 2048, 1024),
+    (1, 8, 16, 4096, 2048, 1024),
+    (1, 16, 16, 4096, 2048, 1024),
+)
 
 
 class Case(NamedTuple):
@@ -35,6 +51,8 @@ def cases() -> Iterator[Case]:
         yield from _block_sparse(size, group)
     for dtype, m in itertools.product((jnp.bfloat16, jnp.float32), (16, 512)):
         yield from _masked(dtype, m)
+    for n, m, rows, k, cols, bn in _NM:
+        yield from _nm(n, m, rows, k, cols, bn)
 
 
 def _block_sparse(size: int, group: int, m=1024, extent=2048, bm=512) -> Iterator[Case]:
@@ -80,3 +98,15 @@ def _masked(dtype, m: int, extent=4096) -> Iterator[Case]:
             f"masked_matmul {jnp.dtype(dtype).name}, {m} rows: {what}", "masked_matmul",
             functools.partial(masked.matmul, transpose=transpose), (x, w, bits),
         )  # fmt: skip
+
+
+def _nm(n: int, m: int, rows: int, k: int, cols: int, bn: int) -> Iterator[Case]:
+    structure = jp.NM(n, m)
+    w = jax.ShapeDtypeStruct((k, cols), jnp.bfloat16)
+    mask = jax.ShapeDtypeStruct(w.shape, bool)
+    packed = jax.eval_shape(lambda w, mask: jp.formats.pack(w, mask, structure), w, mask)
+    x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
+    yield Case(
+        f"nm_matmul {n}:{m}, {rows} x {k} x {cols}, {bn} columns a step", "nm_matmul",
+        functools.partial(nm.matmul, bn=bn), (x, packed),
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Products with N:M sparse matrices."""
