@@ -41,7 +41,9 @@ def public_modules() -> list[str]:
     for package in packages:
         path = importlib.import_module(package).__path__
         names |= {f"{package}.{info.name}" for info in pkgutil.iter_modules(path)}
-    return sorted(name for name in names if "._" not in name)
+    # The files of a kernel family are reached through `jaxprune.kernels` only.
+    inner = re.compile(r"\._|^jaxprune\.kernels\.")
+    return sorted(name for name in names if not inner.search(name))
 
 
 def public_names(module: types.ModuleType) -> list[str]:

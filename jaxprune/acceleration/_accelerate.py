@@ -14,7 +14,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from jaxprune import _tree, masks
+from jaxprune import _tree
+from jaxprune import masks as mask_trees
 from jaxprune._tree import PyTree
 from jaxprune.acceleration import _cost
 from jaxprune.acceleration._report import Choice, Report
@@ -39,7 +40,7 @@ class _Site(NamedTuple):
 def accelerate(
     fn: Callable[..., Any],
     params: PyTree,
-    found: PyTree,
+    masks: PyTree,
     *args: Any,
     measure: bool = False,
     device: str | None = None,
@@ -54,7 +55,7 @@ def accelerate(
     Args:
       fn: `fn(params, *args)`, pure, of arrays.
       params: its parameters.
-      found: masks, `None` where nothing is pruned; packed or not.
+      masks: in the tree of `params`, `None` where nothing is pruned; packed or not.
       *args: an example: arrays or shapes of them. How many rows of x a product has decides
         what pays. The function that comes back takes other shapes too.
       measure: time the products here instead of predicting them; takes seconds a leaf.
@@ -79,9 +80,9 @@ def accelerate(
     """
     kind = _cost.kind_of(device)
     paths, leaves, treedef = _tree.flatten(params)
-    checked = _tree.flatten(masks.check(params, found), is_leaf=_is_mask)[1]
+    checked = _tree.flatten(mask_trees.check(params, masks), is_leaf=_is_mask)[1]
     wanted = {
-        path: masks.as_bool(mask)
+        path: mask_trees.as_bool(mask)
         for path, mask in zip(paths, checked, strict=True)
         if not _tree.is_hole(mask)
     }
@@ -285,7 +286,7 @@ def _seconds(call: Callable[[], Array], repeats: int) -> float:
 
 
 def _is_mask(x: Any) -> bool:
-    return isinstance(x, masks.PackedMask)
+    return isinstance(x, mask_trees.PackedMask)
 
 
 def _is_packed(x: Any) -> bool:

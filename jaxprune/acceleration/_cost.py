@@ -88,16 +88,20 @@ def _speedup_on_cpu(m: int, k: int, n: int, block: int, density: float) -> float
     A weight in a block costs more than one in a dense matrix, the smaller the block the
     more; a call costs something by itself, and so does cutting x and y to stretches.
     """
-    few = m <= 63
-    weight = 0.17 + 0.033 * m if few else 0.25 + 0.0142 * m
-    each = _FEW_ROWS if few else _MANY_ROWS
+    weight = 0.17 + 0.033 * m if m <= 32 else 0.25 + 0.0142 * m
+    each = next(each for rows, each in _EACH if m <= rows)
     sparse = density * k * n * weight * each[block] + m * (k + n) * 1.0
     return (_CALL + k * n * weight) / (_CALL + sparse)
 
 
 _CALL = 25e3
-_FEW_ROWS = {256: 0.95, 128: 0.95, 64: 1.0, 32: 1.2}
-_MANY_ROWS = {256: 1.15, 128: 1.25, 64: 1.7, 32: 2.8}
+# By rows of x at most: a weight's cost in blocks of an extent, over that of a dense one.
+_EACH = (
+    (4, {256: 0.9, 128: 0.9, 64: 0.9, 32: 0.95}),
+    (32, {256: 0.95, 128: 0.95, 64: 1.0, 32: 1.25}),
+    (63, {256: 1.2, 128: 1.2, 64: 1.5, 32: 3.0}),
+    (math.inf, {256: 1.3, 128: 1.4, 64: 2.1, 32: 3.0}),
+)
 
 
 def predict(

@@ -1,8 +1,9 @@
 """Block-sparse products out of XLA's own operations, for any device.
 
-A block at a time: on a CPU the product of one block is large enough to run as fast as a
-dense one, and to bring several together costs more than it saves. A pattern that is known
-when the program is traced is written out instead, an output at a time.
+A block at a time: on a core of a CPU the product of one block is large enough to run as
+fast as a dense one, and to bring several together costs more than it saves. A pattern that
+is known when the program is traced is written out instead, an output at a time: these
+products are larger, and run on several cores.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 FEW = 63  # rows of x up to which blocks are multiplied all at once
+MANY = 128  # rows of dy from which a transposed pattern that is known is written out
 WRITTEN_OUT = (
     1024  # blocks of a pattern that may be written out: it takes time to compile
 )
@@ -102,26 +104,64 @@ def matmul_few(
 def matmul_known(
     x: Float[Array, "M K"],
     values: Float[Array, "capacity rows cols"],
+    order: np.ndarray,
     inner: np.ndarray,
     places: np.ndarray,
     outputs: int,
     *,
+    transpose: bool = False,
     precision: lax.PrecisionLike = None,
 ) -> Float[Array, "M N"]:
-    """As `matmul`, for a pattern that is known: one product an output."""
-    m = x.shape[0]
-    bk, bn = values.shape[1:]
+    """As `matmul`, for a pattern that is known: one product an output, side by side."""
+    bk, bn, _ = _extents(values, transpose)
+    if transpose:
+        values = values[order].transpose(0, 2, 1)
     found = []
     for begin, end in _runs(places, outputs):
         if begin == end:
-            found.append(jnp.zeros((m, bn), x.dtype))
+            found.append(jnp.zeros((len(x), bn), x.dtype))
             continue
-        parts = [x[:, i * bk : (i + 1) * bk] for i in inner[begin:end].tolist()]
         column = values[begin:end].reshape(-1, bn)
         over = (((1,), (0,)), ((), ()))
-        y = _dot(jnp.concatenate(parts, 1), column, over, precision)
+        y = _dot(_gathered(x, inner[begin:end], bk), column, over, precision)
         found.append(y.astype(x.dtype))
     return jnp.concatenate(found, 1)
+
+
+def products_known(
+    x: Float[Array, "M K"],
+    dy: Float[Array, "M N"],
+    inner: np.ndarray,
+    places: np.ndarray,
+    *,
+    block: tuple[int, int],
+    precision: lax.PrecisionLike = None,
+) -> Float[Array, "capacity rows cols"]:
+    """As `products`, for a pattern that is known."""
+    rows, cols = block
+    over = (((0,), (0,)), ((), ()))
+    found = []
+    for n, (begin, end) in enumerate(_runs(places, dy.shape[1] // cols)):
+        if begin < end:
+            parts = _gathered(x, inner[begin:end], rows)
+            column = dy[:, n * cols : (n + 1) * cols]
+            product = _dot(parts, column, over, precision).astype(x.dtype)
+            found.append(product.reshape(-1, rows, cols))
+    spare = len(inner) - sum(map(len, found))
+    return jnp.concatenate([*found, jnp.zeros((spare, rows, cols), x.dtype)])
+
+
+def _gathered(x: Array, places: np.ndarray, size: int) -> Float[Array, "M places*size"]:
+    """Some stretches of the columns of x, side by side."""
+    return jnp.concatenate(
+        [x[:, i * size : (i + 1) * size] for i in places.tolist()], 1
+    )
+
+
+def _runs(places: np.ndarray, outputs: int) -> Iterator[tuple[int, int]]:
+    """The stretch of blocks that belong to each output."""
+    ends = np.searchsorted(places, np.arange(outputs + 1)).tolist()
+    yield from zip(ends, ends[1:], strict=False)
 
 
 def _extents(values: Array, transpose: bool) -> tuple[int, int, Any]:
@@ -137,12 +177,6 @@ def _stretches(x: Float[Array, "M K"], size: int) -> Float[Array, "K/size M size
 
 def _joined(y: Float[Array, "outputs M size"]) -> Float[Array, "M N"]:
     return y.transpose(1, 0, 2).reshape(y.shape[1], -1)
-
-
-def _runs(places: np.ndarray, outputs: int) -> Iterator[tuple[int, int]]:
-    """The stretch of blocks that belong to each output."""
-    ends = np.searchsorted(places, np.arange(outputs + 1)).tolist()
-    yield from zip(ends, ends[1:], strict=False)
 
 
 def _dot(a: Array, b: Array, dimensions: Any, precision: lax.PrecisionLike) -> Array:
