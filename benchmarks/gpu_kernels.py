@@ -35,10 +35,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxprune.kernels.block_sparse_matmul import reference, shapes
 
 import jaxprune as jp
 from jaxprune.formats import BlockSparseArray
-from jaxprune.kernels.block_sparse_matmul import reference, shapes
 
 FLOPS = 989e12
 BYTES = 4.8e12

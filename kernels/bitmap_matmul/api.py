@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxprune.kernels.bitmap_matmul import xla
 from jaxtyping import Array, Float
 
 from jaxprune.formats import BitmapArray
-from jaxprune.kernels.bitmap_matmul import xla
 
 Backend: TypeAlias = Literal["xla"]
 

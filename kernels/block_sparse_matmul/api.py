@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import core, lax
+from jaxprune.kernels.block_sparse_matmul import _steps, tpu, xla
 from jaxtyping import Array, Float
 
 from jaxprune.formats import BlockSparseArray
-from jaxprune.kernels.block_sparse_matmul import _steps, tpu, xla
 
 Backend: TypeAlias = Literal["gpu", "tpu", "xla"]
 

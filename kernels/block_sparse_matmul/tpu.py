@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int32
-
 from jaxprune.kernels.block_sparse_matmul._steps import Steps
+from jaxtyping import Array, Float, Int32
 
 
 def vmem() -> int:

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxprune.kernels.masked_matmul import tpu, xla
 from jaxtyping import Array, Bool, Float
 
 from jaxprune import masks
-from jaxprune.kernels.masked_matmul import tpu, xla
 
 Backend: TypeAlias = Literal["tpu", "xla"]
 

@@ -22,9 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, UInt8
-
 from jaxprune.kernels.block_sparse_matmul import tpu as block_sparse
+from jaxtyping import Array, Float, UInt8
 
 LEAST = (256, 128)  # of K and N: bytes of bits come in tiles of 32 x 128
 

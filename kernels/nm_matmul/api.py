@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxprune.kernels.nm_matmul import tpu, xla
 from jaxtyping import Array, Float
 
 from jaxprune.formats import NMArray
-from jaxprune.kernels.nm_matmul import tpu, xla
 
 Backend: TypeAlias = Literal["tpu", "xla"]
 

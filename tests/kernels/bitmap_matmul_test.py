@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprune.kernels.bitmap_matmul import reference, shapes, xla
 
 import jaxprune as jp
-from jaxprune.kernels.bitmap_matmul import reference, shapes, xla
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 

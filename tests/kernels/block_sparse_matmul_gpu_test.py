@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jaxprune.kernels.block_sparse_matmul import gpu, reference, shapes
 
 import jaxprune as jp
-from jaxprune.kernels.block_sparse_matmul import gpu, reference, shapes
 
 CUSTOM_CALL = "mosaic_gpu_v2"
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jaxprune.kernels.block_sparse_matmul import reference, shapes
 
 import jaxprune as jp
-from jaxprune.kernels.block_sparse_matmul import reference, shapes
 
 CASES = [
     *((s, "xla") for s in (*shapes.SMALL, *shapes.WIDE)),

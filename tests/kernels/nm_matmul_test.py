@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jaxprune.kernels.nm_matmul import reference, shapes
 
 import jaxprune as jp
-from jaxprune.kernels.nm_matmul import reference, shapes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

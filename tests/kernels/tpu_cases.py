@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-import jaxprune as jp
 from jaxprune.kernels.block_sparse_matmul import _steps
 from jaxprune.kernels.block_sparse_matmul import tpu as block_sparse
 from jaxprune.kernels.masked_matmul import tpu as masked
 from jaxprune.kernels.nm_matmul import tpu as nm
+
+import jaxprune as jp
 
 # Kept of a group, the group, rows of x, K, N, and columns of a step.
 _NM = (
