@@ -52,6 +52,10 @@ def accelerate(
     1.1 times as fast. A leaf whose mask has no such blocks, or that is used in another
     way than in a product, stays dense (and masked), with the reason in the report.
 
+    Whole blocks are packed. A pruned weight in a block that is kept is a 0 there, which
+    training would move: prune in blocks where you train on. Forward-mode derivatives
+    (`jax.jvp`) do not go through a packed product, nor do explicit meshes.
+
     Args:
       fn: `fn(params, *args)`, pure, of arrays.
       params: its parameters.
@@ -79,6 +83,13 @@ def accelerate(
       True
     """
     kind = _cost.kind_of(device)
+    again = [p for p, x in zip(*_tree.flatten(params, _is_packed)[:2], strict=True)
+             if _is_packed(x)]  # fmt: skip
+    if again:
+        raise ValueError(
+            f"params: {again[0]} is packed already; expected arrays. Unpack it with "
+            "jaxprune.formats.unpack first."
+        )
     paths, leaves, treedef = _tree.flatten(params)
     checked = _tree.flatten(mask_trees.check(params, masks), is_leaf=_is_mask)[1]
     wanted = {
@@ -102,20 +113,21 @@ def accelerate(
     return functools.partial(_call, fn), packed, Report(tuple(choices))
 
 
-def _call(fn: Callable[..., Any], params: PyTree, *args: Any) -> Any:
+def _call(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> Any:
     paths, leaves, treedef = _tree.flatten(params, is_leaf=_is_packed)
     plain = treedef.unflatten(
         [jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_packed(x) else x for x in leaves]
     )
-    closed, out = jax.make_jaxpr(fn, return_shape=True)(plain, *args)
+    closed, out = jax.make_jaxpr(fn, return_shape=True)(plain, *args, **kwargs)
     operands = [
-        View(x, path, tuple(range(len(x.shape))), x.dtype) if _is_packed(x) else x
+        View(x, path, tuple(range(len(x.shape))), x.values.ndim - 3)
+        if _is_packed(x)
+        else x
         for path, x in zip(paths, leaves, strict=True)
         if not _tree.is_hole(x)
     ]
-    y = replay(
-        closed, [*operands, *jax.tree.leaves(args)], contract=_contract, dense=_dense
-    )
+    operands += jax.tree.leaves((args, kwargs))
+    y = replay(closed, operands, contract=_contract, dense=_dense)
     return jax.tree.unflatten(jax.tree.structure(out), y)
 
 
@@ -124,27 +136,43 @@ def _contract(x, view, x_axes, view_axes, *, times, **options) -> Array | None:
     del times
     packed, ndim = view.value, len(view.axes)
     over = [view.axes[a] - ndim for a in view_axes]
-    if sorted(over) != sorted(packed.layout.axes):
+    produced = packed.layout.out_axes
+    left = [a - ndim for i, a in enumerate(view.axes) if i not in view_axes]
+    dtype = _product_dtype(x, view, options)
+    if (
+        dtype is None
+        or view.stacked
+        or sorted(over) != sorted(packed.layout.axes)
+        or sorted(left) != sorted(produced)
+    ):
         return None
     x_order = [x_axes[over.index(a)] for a in packed.layout.axes]
     free = [a for a in range(x.ndim) if a not in x_axes]
     rows = x.transpose([*free, *x_order])
-    rows = rows.reshape(*rows.shape[: len(free)], -1)
-    packed = dataclasses.replace(packed, values=packed.values.astype(view.dtype))
-    y = block_sparse_matmul(rows, packed, precision=options["precision"])
-    produced = packed.layout.out_axes
+    rows = rows.reshape(*rows.shape[: len(free)], packed.layout.matrix[0])
+    values = view.cast(packed.values).astype(dtype)
+    packed = dataclasses.replace(packed, values=values)
+    y = block_sparse_matmul(rows.astype(dtype), packed, precision=options["precision"])
     y = y.reshape(*y.shape[:-1], *(packed.layout.shape[a] for a in produced))
-    left = [a - ndim for i, a in enumerate(view.axes) if i not in view_axes]
     order = [len(free) + produced.index(a) for a in left]
-    y = y.transpose([*range(len(free)), *order])
-    return y.astype(options["preferred_element_type"] or y.dtype)
+    return y.transpose([*range(len(free)), *order])
+
+
+def _product_dtype(x: Array, view: View, options: dict[str, Any]) -> Any:
+    """The type of a product that the kernels take, or `None`."""
+    cast = view.casts[-1] if view.casts else view.value.dtype
+    found = options["preferred_element_type"] or jnp.result_type(x.dtype, cast)
+    types = [jnp.dtype(t) for t in (x.dtype, cast, found)]
+    if all(jnp.issubdtype(t, jnp.floating) and t.itemsize in (2, 4) for t in types):
+        return found
+    return None
 
 
 def _dense(view: View, primitive: str) -> Array:
     """The array of a packed view, where `fn` is called in another way than in the example."""
     del primitive
     leaf = unpack(view.value)
-    return leaf.transpose(view.axes).astype(view.dtype)
+    return view.cast(leaf.transpose(view.axes))
 
 
 def _uses(fn, params, args, wanted):
@@ -159,20 +187,25 @@ def _uses(fn, params, args, wanted):
         over = tuple(view.axes[a] - ndim for a in view_axes)
         left = tuple(a - ndim for a in view.axes if a - ndim not in over)
         rows = math.prod(x.shape[a] for a in free)
+        if _product_dtype(x, view, options) is None:
+            others.setdefault(view.path, []).append(f"a product of {x.dtype}")
         found = _Site(rows, over, left, times, options["precision"])
         sites.setdefault(view.path, []).append(found)
-        leaf = view.value.transpose(view.axes).astype(view.dtype)
+        leaf = view.cast(view.value.transpose(view.axes))
         return lax.dot_general(x, leaf, ((x_axes, view_axes), ((), ())), **options)
 
     def dense(view, primitive):
-        others.setdefault(view.path, []).append(primitive)
-        return view.value.transpose(view.axes).astype(view.dtype)
+        name = "a batched product" if primitive == "dot_general" else primitive
+        others.setdefault(view.path, []).append(name)
+        return view.cast(view.value.transpose(view.axes))
 
     def run(leaves, args):
         params = treedef.unflatten(leaves)
         closed = jax.make_jaxpr(fn)(params, *args)
         operands = [
-            View(x, path, tuple(range(jnp.ndim(x))), x.dtype) if path in wanted else x
+            View(x, path, tuple(range(jnp.ndim(x))), jnp.ndim(x))
+            if path in wanted
+            else x
             for path, x in zip(paths, leaves, strict=True)
             if not _tree.is_hole(x)
         ]
@@ -197,12 +230,14 @@ def _choose(path, leaf, mask, sites, others, kind, measure):
         ), value  # fmt: skip
 
     if others:
-        return left(f"used by {', '.join(dict.fromkeys(others))}, not in a product")
+        return left(f"used by {', '.join(dict.fromkeys(others))}: not followed further")
     if not sites:
         return left("not used in a product")
     if len({(s.k_axes, s.n_axes) for s in sites}) > 1:
         return left("contracted over different axes in different places")
     site = sites[0]
+    if not site.k_axes or not site.n_axes:
+        return left("not used as a matrix")
     batch = leaf.ndim - len(site.k_axes) - len(site.n_axes)
     if min(*site.k_axes, *site.n_axes) + leaf.ndim < batch:
         return left("its stacked axes are not in front")
@@ -213,10 +248,17 @@ def _choose(path, leaf, mask, sites, others, kind, measure):
         if density is None:
             continue
         k, n = (math.prod(leaf.shape[a] for a in x) for x in (site.k_axes, site.n_axes))
-        if measure:
-            speedup = _timed(leaf, mask, block, site) if density < 0.9 else 0.0
-        else:
-            speedup = _cost.speedup(site.rows, k, n, size, density, leaf.dtype, kind)
+        found = []
+        for site in sites:
+            if measure:
+                ratio = _timed(leaf, mask, block, site) if density < 0.9 else 0.0
+            else:
+                ratio = _cost.speedup(site.rows, k, n, size, density, leaf.dtype, kind)
+            # A product takes about as long as it has rows, and a while for none.
+            found.append(((site.rows + 8) * site.times, ratio))
+        dense = sum(weight for weight, _ in found)
+        fast = sum(weight / ratio if ratio else math.inf for weight, ratio in found)
+        speedup = dense / fast
         if best is None or speedup > best[0]:
             best = speedup, block
     if best is None or best[0] == 0:

@@ -1,12 +1,15 @@
 """The numbers of packed leaves, to be trained on their own."""
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxprune._tree import PyTree
 from jaxprune.formats._bitmap import BitmapArray
 from jaxprune.formats._block_sparse import BlockSparseArray
+from jaxprune.formats._nm import NMArray
 
 
 def values(params: PyTree) -> PyTree:
@@ -39,12 +42,23 @@ def with_values(params: PyTree, new: PyTree) -> PyTree:
     Args:
       params: parameters of which some leaves are packed.
       new: what `values` gave for them, or what became of that.
+
+    Raises:
+      ValueError: if values of a packed leaf have another shape than its own.
     """
-    return jax.tree.map(
-        lambda x, v: dataclasses.replace(x, values=v) if _is_packed(x) else v,
-        params, new, is_leaf=_is_packed,
-    )  # fmt: skip
+    return jax.tree.map(_with, params, new, is_leaf=_is_packed)
+
+
+def _with(x: Any, new: Any) -> Any:
+    if not _is_packed(x):
+        return new
+    if jnp.shape(new) != x.values.shape:
+        raise ValueError(
+            f"new: a packed leaf gets values of shape {jnp.shape(new)}; expected "
+            f"{x.values.shape}. Make them with jaxprune.formats.values."
+        )
+    return dataclasses.replace(x, values=new)
 
 
 def _is_packed(x: object) -> bool:
-    return isinstance(x, BlockSparseArray | BitmapArray)
+    return isinstance(x, BlockSparseArray | NMArray | BitmapArray)

@@ -10,10 +10,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array
 
-_PLAIN_CALLS = frozenset(
-    "jit pjit closed_call core_call custom_jvp_call custom_vjp_call "
-    "custom_vjp_call_jaxpr".split()
-)
+_PLAIN_CALLS = frozenset("jit pjit closed_call core_call".split())
 _CHECKPOINTS = frozenset("remat remat2 checkpoint".split())
 _AS_IT_IS = frozenset(
     "copy copy_p optimization_barrier sharding_constraint reshard mesh_cast name".split()
@@ -30,13 +27,21 @@ class View:
       path: of the leaf.
       axes: which axis of the leaf each axis of the view is. A scan over the first axis
         of a leaf takes that away, from the leaf as from its view.
-      dtype: that the view was cast to.
+      stacked: leading axes of the leaf that a scan may take away.
+      casts: types that the view was cast to, one after the other.
     """
 
     value: Any
     path: str = dataclasses.field(metadata={"static": True})
     axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    dtype: Any = dataclasses.field(metadata={"static": True})
+    stacked: int = dataclasses.field(metadata={"static": True})
+    casts: tuple[Any, ...] = dataclasses.field(metadata={"static": True}, default=())
+
+    def cast(self, x: Array) -> Array:
+        """An array of the leaf, as the view sees it."""
+        for dtype in self.casts:
+            x = x.astype(dtype)
+        return x
 
 
 class Contract(Protocol):
@@ -75,7 +80,8 @@ def replay(
     """Evaluates a jaxpr some of whose operands are views.
 
     Views are followed through casts, transpositions, calls, checkpoints and scans to the
-    products that they end in. Everything else sees a dense array.
+    products that they end in. Everything else sees a dense array, so that functions with a
+    derivative of their own keep it, and so does whoever gets the output.
 
     Args:
       closed: of `jax.make_jaxpr`.
@@ -84,7 +90,8 @@ def replay(
       dense: `(view, primitive) -> array`, the array of a view for a primitive that is no
         product.
     """
-    return _Replay(contract, dense)(closed.jaxpr, closed.consts, operands)
+    run = _Replay(contract, dense)
+    return run.arrays(run(closed.jaxpr, closed.consts, operands), "the output")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +119,8 @@ class _Replay:
         if name in _AS_IT_IS and len(operands) == 1:
             return operands
         if name == "convert_element_type":
-            return [dataclasses.replace(operands[0], dtype=params["new_dtype"])]
+            (view,) = operands
+            return [dataclasses.replace(view, casts=(*view.casts, params["new_dtype"]))]
         if name == "transpose":
             (view,) = operands
             axes = tuple(view.axes[i] for i in params["permutation"])
@@ -164,7 +172,7 @@ class _Replay:
         carry = self.arrays(carry, "the carry of a scan")
         xs = [
             self.dense(x, "a scan over another axis than the first")
-            if isinstance(x, View) and x.axes[0] != 0
+            if isinstance(x, View) and (x.axes[0] != 0 or not x.stacked)
             else x
             for x in xs
         ]
@@ -185,7 +193,8 @@ class _Replay:
 
 
 def _without_first(view: View) -> View:
-    return dataclasses.replace(view, axes=tuple(a - 1 for a in view.axes[1:]))
+    axes = tuple(a - 1 for a in view.axes[1:])
+    return dataclasses.replace(view, axes=axes, stacked=view.stacked - 1)
 
 
 def _jaxpr(params: dict[str, Any]) -> tuple[Jaxpr, Sequence[Any]]:

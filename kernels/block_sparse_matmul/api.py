@@ -81,6 +81,7 @@ def block_sparse_matmul(
             f"packed: got {type(packed).__name__}; expected a BlockSparseArray. Make it "
             "with jaxprune.formats.pack(w, mask, jaxprune.Block(...))."
         )
+    x, packed = jax.tree.map(jnp.asarray, (x, packed))
     k, n = packed.layout.matrix
     stack = packed.values.shape[:-3]
     if x.shape[-1:] != (k,) or x.shape[: len(stack)] != stack:
@@ -89,6 +90,13 @@ def block_sparse_matmul(
             f"{f'a stack {list(stack)} of matrices' if stack else 'a matrix'} [{k}, {n}]."
         )
     dtype = jnp.result_type(x, packed.values)
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype).itemsize > 4:
+        raise TypeError(
+            f"x: it is {x.dtype}, and the values are {packed.dtype}; expected floating "
+            "point of at most 32 bits, in which sums are made. Cast them."
+        )
+    if x.size == 0:
+        return jnp.zeros((*x.shape[:-1], n), dtype)
     packed = dataclasses.replace(packed, values=packed.values.astype(dtype))
     reasons = {
         "tpu": _why_not_tpu(packed),

@@ -18,15 +18,15 @@ def run(fn, params, *args):
 
     def contract(x, view, x_axes, view_axes, *, times, **options):
         uses.append((view.path, tuple(view.axes[a] for a in view_axes), times))
-        leaf = view.value.transpose(view.axes).astype(view.dtype)
+        leaf = view.cast(view.value.transpose(view.axes))
         return jax.lax.dot_general(x, leaf, ((x_axes, view_axes), ((), ())), **options)
 
     def dense(view, primitive):
         uses.append((view.path, primitive))
-        return view.value.transpose(view.axes).astype(view.dtype)
+        return view.cast(view.value.transpose(view.axes))
 
     views = [
-        View(x, name, tuple(range(x.ndim)), x.dtype)
+        View(x, name, tuple(range(x.ndim)), x.ndim)
         for name, x in sorted(params.items())
     ]
     found = replay(
@@ -82,7 +82,20 @@ def test_calls_checkpoints_and_custom_rules():
         return product(x, p["c"])
 
     uses = run(fn, {n: weight(8, 8) for n in "abc"}, X)
-    assert uses == [(n, (0,), 1) for n in "abc"]
+    # What has a derivative of its own keeps it, and sees an array.
+    assert uses == [("a", (0,), 1), ("b", (0,), 1), ("c", "custom_vjp_call")]
+
+
+def test_casts_one_after_the_other():
+    def fn(p, x):
+        return x @ p["w"].astype(jnp.float8_e4m3fn).astype(jnp.float32)
+
+    assert run(fn, {"w": weight(8, 6)}, X) == [("w", (0,), 1)]
+
+
+def test_a_view_does_not_leave():
+    uses = run(lambda p, x: (x @ p["w"], p["w"].T), {"w": weight(8, 6)}, X)
+    assert uses == [("w", (0,), 1), ("w", "the output")]
 
 
 def test_scans_nest():
