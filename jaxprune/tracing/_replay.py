@@ -198,7 +198,7 @@ def _without_first(view: View) -> View:
 
 
 def _jaxpr(params: dict[str, Any]) -> tuple[Jaxpr, Sequence[Any]]:
-    found = next(params[n] for n in ("jaxpr", "call_jaxpr", "fun_jaxpr") if n in params)
+    found = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
     return (
         (found.jaxpr, found.consts) if isinstance(found, ClosedJaxpr) else (found, ())
     )
@@ -206,9 +206,6 @@ def _jaxpr(params: dict[str, Any]) -> tuple[Jaxpr, Sequence[Any]]:
 
 def _bind(eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:
     params = eqn.primitive.get_bind_params(eqn.params)
-    calls: tuple[Any, ...] = ()
-    if not isinstance(params, dict):  # before jax 0.10 functions stood beside the rest
-        calls, params = params
     with eqn.ctx.manager:
-        found = eqn.primitive.bind(*calls, *operands, **params)
+        found = eqn.primitive.bind(*operands, **params)
     return found if eqn.primitive.multiple_results else [found]
