@@ -134,6 +134,30 @@ def count(x: Array, test: Callable[[Array], Array]) -> Wide:
     return Wide(counts.hi[0], counts.lo[0])
 
 
+def reduced(leaf: Scored, combine: Callable[..., Array], initial: float) -> Array:
+    """All scores combined to one number, by `jnp.maximum`, `jnp.minimum` or `jnp.add`.
+
+    Stores nothing of their size, which XLA's CPU backend does wherever it reduces.
+    """
+    totals = ((jnp.maximum, jnp.max), (jnp.minimum, jnp.min), (jnp.add, jnp.sum))
+    total = next(whole for pair, whole in totals if pair is combine)
+
+    def plainly(*operands):
+        return total(leaf.score(*operands), initial=initial)
+
+    axis = fold_axis(leaf.operands[0])
+    if axis is None or leaf.operands[0].size <= _SMALL:
+        return plainly(*leaf.operands)
+
+    def by_folds(*operands):
+        def score(i, *slices):
+            return leaf.score(*slices)
+
+        return total(_fold(score, combine, initial, operands, axis), initial=initial)
+
+    return lax.platform_dependent(*leaf.operands, cpu=by_folds, default=plainly)
+
+
 def ordered(x: Float[Array, "..."]) -> UInt[Array, "..."]:
     """Unsigned integers in the order of `x`, NaN before everything and -0.0 as 0.0."""
     bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), _unsigned(x.dtype))
@@ -399,27 +423,46 @@ def _count_leaf(leaf: Scored, tests) -> Wide:
 def _count_by_folds(score, operands, axis, tests) -> Wide:
     # XLA's CPU backend sums integers one by one, from a copy of the masks. Adding
     # slices, the counters side by side in a word, vectorises and stores an eighth.
-    shards = shard_counts(operands[0])[axis]
-    ways = 32 if operands[0].shape[axis] % (256 * shards) == 0 else 8
-    splits = [split_axis(x, axis, ways) for x in operands]
+    ways = _ways(operands[0], axis)
 
-    def masks(i):
-        x = score(*(lax.dynamic_index_in_dim(s, i, axis + 1, False) for s in splits))
-        return tests(x, lambda: _positions(x.shape, axis, ways, i))
+    def masks(i, *slices):
+        x = score(*slices)
+        found = tests(x, lambda: _positions(x.shape, axis, ways, i))
+        return [m.astype(jnp.uint32) for m in found]
 
-    def add(i, word):
-        return word + sum(
-            m.astype(jnp.uint32) << (_FIELD * j) for j, m in enumerate(masks(i))
-        )
+    def word_of(i, *slices):
+        return sum(m << (_FIELD * j) for j, m in enumerate(masks(i, *slices)))
 
-    first = masks(0)
-    word = lax.fori_loop(0, ways, add, jnp.zeros_like(first[0], jnp.uint32), unroll=4)
+    first = [
+        lax.index_in_dim(split_axis(x, axis, ways), 0, axis + 1, False)
+        for x in operands
+    ]
+    fields = len(jax.eval_shape(lambda *xs: masks(0, *xs), *first))
+    word = _fold(word_of, jnp.add, np.uint32(0), operands, axis)
     size = word.size * ways
     if (again := fold_axis(word)) is not None:  # now at most 8 * 32 in a field
         word = jnp.sum(split_axis(word, again), again + 1, dtype=jnp.uint32)
-    shifts = _FIELD * np.arange(len(first), dtype=np.uint32)
-    fields = (word >> shifts.reshape(-1, *(1,) * word.ndim)) & ((1 << _FIELD) - 1)
-    return _wide.total(fields, size, lead=1)
+    shifts = _FIELD * np.arange(fields, dtype=np.uint32)
+    counts = (word >> shifts.reshape(-1, *(1,) * word.ndim)) & ((1 << _FIELD) - 1)
+    return _wide.total(counts, size, lead=1)
+
+
+def _fold(f, combine, initial, operands, axis: int) -> Array:
+    """`f(i, *slices)` combined over the slices `i` of an axis split by `_ways`."""
+    ways = _ways(operands[0], axis)
+    splits = [split_axis(x, axis, ways) for x in operands]
+
+    def part(i):
+        slices = (lax.dynamic_index_in_dim(s, i, axis + 1, False) for s in splits)
+        return f(i, *slices)
+
+    start = jnp.full_like(part(0), initial)
+    return lax.fori_loop(0, ways, lambda i, x: combine(x, part(i)), start, unroll=4)
+
+
+def _ways(x: Array, axis: int) -> int:
+    """How many slices of `axis` are taken together."""
+    return 32 if x.shape[axis] % (256 * shard_counts(x)[axis]) == 0 else 8
 
 
 def _rows_columns(shape: Sequence[int]) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from jaxprune.training._method import (
     mask_gradients,
     masked_view,
     packed_masks,
-    replace_masks,
+    replace_each,
     start,
 )
 from jaxprune.training._prune_grow import KeyCarrier, above_all, check_drop
@@ -44,8 +44,7 @@ def chts(
 ) -> Method:
     """Regrows links where the network's own topology predicts them, without gradients.
 
-    Each update removes a share of each leaf's links (with `"global"`, of all together)
-    and grows as many. What stays is drawn with probabilities proportional to `score**T`,
+    Each update removes a share of each leaf's links and grows as many there. What stays is drawn with probabilities proportional to `score**T`,
     and what grows with probabilities proportional to the link's CH2-L3n score
     (`ch2_l3n`); links just removed may grow again. `T` rises on a straight line, so that
     removal goes from explorative to almost exact; the share falls to 0 on half a cosine.
@@ -135,44 +134,42 @@ def chts(
 
     def update(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
         step = state.step
+        plan, weights = target.plan(params), arrays(params)
+        due = exchanged.due(step) | (decay.due(step) & (initial is not None))
+        drawn = keys.at(step, state.own)
 
-        def rewire(state: MethodState) -> MethodState:
-            plan, weights = target.plan(params), arrays(params)
-            kept = target.kept(params, step)
-            found = [masks.as_bool(m) for m in packed_masks(state.masks)]
-            if initial is not None:
-                links = map(_relative, weights, found)
-                found = _keep_best(plan, kept, list(links), found)
-            removing, growing = jax.random.split(keys.at(step, state.own))
-            stay = [_wide.subtract(k, _wide.share(k, exchanged(step))) for k in kept]
-            links = [
-                sharpness(step) * jnp.log(jnp.maximum(x, 1e-12)) + noise
-                for x, noise in zip(
-                    (
-                        _importance(removal, w, m)
-                        for w, m in zip(weights, found, strict=True)
-                    ),
-                    _gumbels(removing, weights),
-                    strict=True,
-                )
-            ]
-            left = _keep_best(plan, stay, links, found)
-            # NaN ranks below what is pruned: nothing may stay that was not there.
-            found = [a & b for a, b in zip(left, found, strict=True)]
-            grown = [
-                _growth(m, noise)
-                for m, noise in zip(found, _gumbels(growing, weights), strict=True)
-            ]
-            leaves = list(zip(grown, found, strict=True))
-            found = _prune.decide(plan, kept, above_all, leaves)
-            return replace_masks(state, found, params)
+        def prune(packed):
+            """To the density of this step."""
+            old = packed_masks(packed)
+            found = [masks.as_bool(m) for m in old]
+            leaves = list(zip(map(_relative, weights, found), found, strict=True))
+            pruned = _prune.decide(
+                plan, target.kept(params, step), _only_active, leaves
+            )
+            return [masks.repack(m, like) for m, like in zip(pruned, old, strict=True)]
 
-        return lax.cond(
-            exchanged.due(step) | (decay.due(step) & (initial is not None)),
-            rewire,
-            lambda s: s,
-            advance(grads, state, params),
-        )
+        def rewire(i, mask, w, links):
+            del mask
+            links = masks.as_bool(links)
+            removing, growing = jax.random.split(jax.random.fold_in(drawn, i))
+            leaf = _prune.Plan((plan.paths[i],), Unstructured(), (), (0,))
+            kept = masks.count_leaf(links)
+            stay = _wide.subtract(kept, _wide.share(kept, exchanged(step)))
+            chances = sharpness(step) * jnp.log(
+                jnp.maximum(_importance(removal, w, links), 1e-12)
+            )
+            chances = chances + _gumbel(removing, w)
+            (left,) = _prune.decide(leaf, [stay], _only_active, [(chances, links)])
+            left &= links  # NaN ranks below what is pruned: nothing may stay that was not there
+            grown = _growth(left, _gumbel(growing, w))
+            (found,) = _prune.decide(leaf, [kept], above_all, [(grown, left)])
+            return found
+
+        links = packed_masks(state.masks)
+        if initial is not None:
+            links = lax.cond(due, prune, packed_masks, state.masks)
+        new = advance(grads, state, params)
+        return replace_each(new, params, due, rewire, links)
 
     return Method(init, update, mask_gradients, None, masked_view)
 
@@ -217,8 +214,8 @@ def ch2_l3n(
 
 def _weights_of_pairs(links: Array) -> Array:
     """For each pair of nodes of one side: how much a path through the second counts."""
-    exactly = lax.Precision.HIGHEST
-    common = jnp.matmul(links, jnp.swapaxes(links, -1, -2), precision=exactly)
+    # Products of 0 and 1 are exact whatever the precision; sums are in float32.
+    common = jnp.matmul(links, jnp.swapaxes(links, -1, -2))
     degree = jnp.sum(links, -1)[..., None, :]  # of the second node
     outside = jnp.maximum(degree - common, 1) - 1
     return jnp.where(common > 0, (common + 1) / (outside + 1), 0)
@@ -242,14 +239,9 @@ def _relative(w: Array, mask: Bool[Array, "..."]) -> Array:
     return sizes / rows + sizes / columns
 
 
-def _gumbels(key: Key[Array, ""], weights: list[Array]) -> list[Array]:
-    drawn = scores.random(weights, key=key)
-    return [-jnp.log(-jnp.log(jnp.maximum(u, 1e-9))) for u in drawn]
-
-
-def _keep_best(plan, kept, scores, found) -> list[Bool[Array, "..."]]:
-    leaves = list(zip(scores, found, strict=True))
-    return _prune.decide(plan, kept, _only_active, leaves)
+def _gumbel(key: Key[Array, ""], w: Array) -> Array:
+    uniform = jnp.maximum(scores.random(w, key=key), 1e-9)
+    return -jnp.log(-jnp.log(uniform))
 
 
 def _only_active(scores: Array, mask: Bool[Array, "..."]) -> Array:

@@ -20,7 +20,7 @@ from jaxprune.training._method import (
     mask_gradients,
     masked_view,
     packed_masks,
-    replace_masks,
+    replace_each,
     start,
 )
 from jaxprune.training._prune_grow import (
@@ -106,23 +106,22 @@ def granet(
 
     def update(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
         step = state.step
+        plan, weights = target.plan(params), arrays(params)
+        due = exchanged.due(step) | rise.due(step)
 
-        def prune_and_exchange(state: MethodState) -> MethodState:
-            plan, weights = target.plan(params), arrays(params)
-            kept = target.kept(params, step)
-            found = [masks.as_bool(m) for m in packed_masks(state.masks)]
-            found = largest(plan, kept, weights, found)
-            found = exchange(
-                plan.paths, structure, found, weights,
-                jnp.abs, arrays(grads), exchanged(step),
-            )  # fmt: skip
-            return replace_masks(state, found, params)
+        def prune(packed):
+            found = [masks.as_bool(m) for m in packed_masks(packed)]
+            pruned = largest(plan, target.kept(params, step), weights, found)
+            old = packed_masks(packed)
+            return [masks.repack(m, like) for m, like in zip(pruned, old, strict=True)]
 
-        return lax.cond(
-            exchanged.due(step) | rise.due(step),
-            prune_and_exchange,
-            lambda s: s,
-            advance(grads, state, params),
-        )
+        def exchange_some(i, mask, w, g, pruned):
+            del mask
+            left, share = masks.as_bool(pruned), exchanged(step)
+            return exchange(plan.paths[i], structure, left, w, jnp.abs, g, share)
+
+        pruned = lax.cond(due, prune, packed_masks, state.masks)
+        new = advance(grads, state, params)
+        return replace_each(new, params, due, exchange_some, arrays(grads), pruned)
 
     return Method(init, update, mask_gradients, None, masked_view)

@@ -1,11 +1,12 @@
 """What a sparse training method is: five pure functions, and the state they share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from jaxprune import _select, _tree, _wide, masks
@@ -141,15 +142,71 @@ def replace_masks(
 ) -> MethodState:
     """The state with new masks, one for each masked leaf in order, and their counts."""
     old, treedef = jax.tree.flatten(state.masks, is_leaf=_is_packed)
-    new = [masks.repack(m, like) for m, like in zip(found, old, strict=True)]
-    flipped = _sum(
-        _wide.popcount(a.bits ^ b.bits) if a.axis is not None
-        else masks.count_leaf(a.bits ^ b.bits)
-        for a, b in zip(old, new, strict=True)
-    )  # fmt: skip
-    packed = treedef.unflatten(new)
-    info = Info(jnp.bool_(True), kept_counts(packed), flipped, nonfinite(params))
-    return state._replace(masks=packed, info=info)
+    leaves = map(_replaced, old, found, arrays(params))
+    return _joined(state, treedef, jnp.bool_(True), leaves)
+
+
+def replace_each(
+    state: MethodState,
+    params: PyTree,
+    due: Bool[Array, ""],
+    decide: Callable[..., Bool[Array, "..."]],
+    *operands: Sequence[PyTree],
+) -> MethodState:
+    """As `replace_masks` where an update is `due`, with a branch for each leaf.
+
+    So what a decision needs besides is held for one leaf at a time.
+
+    Args:
+      state: with the old masks.
+      params: the weights.
+      due: whether masks are replaced.
+      decide: `(i, old mask, weights, *operands) -> mask` for leaf `i`, booleans.
+      *operands: for each masked leaf in order.
+    """
+    old, treedef = jax.tree.flatten(state.masks, is_leaf=_is_packed)
+
+    def leaf(i, kept, *xs):
+        def replaced(mask, w, *rest):
+            return _replaced(mask, decide(i, masks.as_bool(mask), w, *rest), w)
+
+        def left(mask, *_):
+            return _Leaf(mask, kept, _wide.from_int(0), _wide.from_int(0))
+
+        return lax.cond(due, replaced, left, *xs)
+
+    columns = (state.info.kept, old, arrays(params), *operands)
+    leaves = [leaf(i, *xs) for i, xs in enumerate(zip(*columns, strict=True))]
+    return _joined(state, treedef, due, leaves)
+
+
+class _Leaf(NamedTuple):
+    """A mask, and what `Info` says of it."""
+
+    mask: masks.PackedMask
+    kept: Wide
+    flipped: Wide
+    nonfinite: Wide
+
+
+def _replaced(old: masks.PackedMask, mask: Bool[Array, "..."], w: Array) -> _Leaf:
+    new = masks.repack(mask, old)
+    flips = new.bits ^ old.bits
+    flipped = masks.count_leaf(flips) if old.axis is None else _wide.popcount(flips)
+    return _Leaf(new, masks.count_leaf(new), flipped, _nonfinite(w))
+
+
+def _joined(
+    state: MethodState, treedef: Any, changed: Bool[Array, ""], leaves: Iterable[_Leaf]
+) -> MethodState:
+    found, kept, flipped, nonfinite = zip(*leaves, strict=True)
+    info = Info(
+        changed,
+        kept,
+        _wide.where(changed, _sum(flipped), state.info.flipped),
+        _wide.where(changed, _sum(nonfinite), state.info.nonfinite),
+    )
+    return state._replace(masks=treedef.unflatten(found), info=info)
 
 
 def packed_masks(packed: PyTree) -> list[masks.PackedMask]:
@@ -164,8 +221,7 @@ def kept_counts(packed: PyTree) -> tuple[Wide, ...]:
 
 def nonfinite(params: PyTree) -> Wide:
     """Number of NaN and infinite weights."""
-    arrays = [x for x in jax.tree.leaves(params) if _tree.is_float(x)]
-    return _sum(_select.count(x, lambda x: ~jnp.isfinite(x)) for x in arrays)
+    return _sum(_nonfinite(x) for x in jax.tree.leaves(params) if _tree.is_float(x))
 
 
 def arrays(tree: PyTree) -> list[Any]:
@@ -176,6 +232,10 @@ def arrays(tree: PyTree) -> list[Any]:
 def all_kept(params: PyTree) -> list[Bool[Array, "..."]]:
     """Masks that prune nothing, in the order of the leaves."""
     return [jnp.ones_like(x, bool) for x in arrays(params)]
+
+
+def _nonfinite(w: Array) -> Wide:
+    return _select.count(w, lambda x: ~jnp.isfinite(x))
 
 
 def _sum(counts) -> Wide:

@@ -1,6 +1,7 @@
 """PDP: parameter-free differentiable pruning (Cho et al., arXiv 2305.11203)."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jaxprune import _prune, _tree, masks, schedules, scores
+from jaxprune import _prune, _select, _tree, masks, schedules, scores
 from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation
 from jaxprune.schedules import Schedule
@@ -137,10 +138,16 @@ class _View:
         paths, limits = iter(_tree.paths(params)), iter(own.thresholds)
 
         def see(w, mask):
-            path, limit = next(paths), next(limits)
-            soft = _soft(self.structure, path, w, limit, own.tau)
+            path = next(paths)
+
+            # What the derivative needs is made again from the weights, not stored.
+            @jax.checkpoint
+            def soft(w, limit, tau):
+                m = _soft(self.structure, path, w, limit, tau)
+                return (w * m).astype(w.dtype)
+
             hard = jnp.where(masks.as_bool(mask), w, 0)
-            return jnp.where(own.hard, hard, (w * soft).astype(w.dtype))
+            return jnp.where(own.hard, hard, soft(w, next(limits), own.tau))
 
         return _tree.map_leaves(see, params, state.masks)
 
@@ -165,18 +172,36 @@ def _thresholds(
     for path, w, m in zip(plan.paths, weights, packed_masks(state.masks), strict=True):
         mask = masks.as_bool(m)
         if isinstance(structure, NM):
-            views = _square(w), mask
             low, high = (
-                structure.by_group(path, lambda *a, i=i: _bounds(*a)[i], *views)
-                for i in (0, 1)
+                structure.by_group(path, f, _square(w), mask)
+                for f in (
+                    lambda x, kept, axis: jnp.max(_if_pruned(x, kept), axis),
+                    lambda x, kept, axis: jnp.min(_if_kept(x, kept), axis),
+                )
             )
             bounds.append((low, high))
             continue
-        units, kept = (
-            structure.scored(path, f, x) for f, x in ((_square, w), (_number, mask))
+        units = structure.scored(path, _square, w)
+        kept = structure.scored(path, _number, mask)
+        split = len(units.operands)
+
+        def among(choose, *xs, units=units, kept=kept, split=split):
+            return choose(units.score(*xs[:split]), kept.score(*xs[split:]) > 0)
+
+        low, high = (
+            _select.reduced(
+                _select.scored(
+                    functools.partial(among, choose), *units.operands, *kept.operands
+                ),
+                combine,
+                initial,
+            )
+            for choose, combine, initial in (
+                (_if_pruned, jnp.maximum, -jnp.inf),
+                (_if_kept, jnp.minimum, jnp.inf),
+            )
         )
-        kept = kept.score(*kept.operands) > 0
-        bounds.append(_bounds(units.score(*units.operands), kept, None))
+        bounds.append((low, high))
     if isinstance(structure, NM):
         return [_between(low, high) for low, high in bounds]
     limits: list[Array] = []
@@ -187,12 +212,12 @@ def _thresholds(
     return limits
 
 
-def _bounds(squares: Array, kept: Array, axis: int | None) -> tuple[Array, Array]:
-    """The largest square pruned and the smallest kept."""
-    pruned = jnp.where(kept | jnp.isnan(squares), -jnp.inf, squares)
-    low = jnp.max(pruned, axis, initial=-jnp.inf)
-    high = jnp.min(jnp.where(kept, squares, jnp.inf), axis, initial=jnp.inf)
-    return low, high
+def _if_pruned(squares: Array, kept: Array) -> Array:
+    return jnp.where(kept | jnp.isnan(squares), -jnp.inf, squares)
+
+
+def _if_kept(squares: Array, kept: Array) -> Array:
+    return jnp.where(kept, squares, jnp.inf)
 
 
 def _between(low: Array, high: Array) -> Array:

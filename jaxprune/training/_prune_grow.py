@@ -7,7 +7,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import core, lax
+from jax import core
 from jaxtyping import Array, Bool, Float, Key, UInt32
 
 from jaxprune import _prune, _select, _wide, masks, schedules
@@ -21,14 +21,13 @@ from jaxprune.training._method import (
     arrays,
     mask_gradients,
     masked_view,
-    packed_masks,
-    replace_masks,
+    replace_each,
     start,
 )
 from jaxprune.training._target import Target
 
-# (grads, key of the step) -> what the scores of growth are made of, by leaf
-Growth: TypeAlias = Callable[[PyTree, Key[Array, ""]], PyTree]
+# (grads of a leaf, key of leaf and step) -> what its scores of growth are made of
+Growth: TypeAlias = Callable[[Array, Key[Array, ""]], Array]
 
 
 def regrowing(
@@ -51,62 +50,57 @@ def regrowing(
         return start(target.first(params, keys.at(-1)), params, keys.data)
 
     def update(grads: PyTree, state: MethodState, params: PyTree) -> MethodState:
-        step = state.step
+        step, paths = state.step, target.plan(params).paths
+        drawn = keys.at(step, state.own)
 
-        def exchange_some(state: MethodState) -> MethodState:
-            found = exchange(
-                target.plan(params).paths,
-                target.structure,
-                [masks.as_bool(m) for m in packed_masks(state.masks)],
-                arrays(params),
-                score,
-                arrays(growth(grads, keys.at(step, state.own))),
-                exchanged(step),
-            )
-            return replace_masks(state, found, params)
+        def exchange_some(i, mask, w, g):
+            grown = growth(g, jax.random.fold_in(drawn, i))
+            share = exchanged(step)
+            return exchange(paths[i], target.structure, mask, w, score, grown, share)
 
-        return lax.cond(
-            steps.due(step), exchange_some, lambda s: s, advance(grads, state, params)
-        )
+        new = advance(grads, state, params)
+        due = steps.due(step)
+        return replace_each(new, params, due, exchange_some, arrays(grads))
 
     return Method(init, update, mask_gradients, None, masked_view)
 
 
 def exchange(
-    paths: Sequence[str],
+    path: str,
     structure: Structure,
-    found: Sequence[Bool[Array, "..."]],
-    weights: Sequence[Array],
+    found: Bool[Array, "..."],
+    w: Array,
     score: _prune.Score,
-    growth: Sequence[Array],
+    growth: Array,
     share: Float[Array, ""],
-) -> list[Bool[Array, "..."]]:
-    """Drops the smallest active weights of each leaf and grows as many others.
+) -> Bool[Array, "..."]:
+    """Drops the smallest active weights of a leaf and grows as many others.
 
     A unit that was just dropped may grow again. With `NM` single weights are dropped, and
     each group fills up from its own members.
 
     Args:
-      paths: of the leaves.
-      structure: what is kept or pruned as one; the number of units stays in each leaf.
-      found: the masks.
-      weights: whose magnitude decides what is dropped.
+      path: of the leaf.
+      structure: what is kept or pruned as one; the number of units stays.
+      found: the mask.
+      w: weights, whose magnitude decides what is dropped.
       score: elementwise score of what grows, read from `growth`.
-      growth: an array for each leaf.
+      growth: an array of the leaf's shape.
       share: of the active units, how many are exchanged; rounded half up.
     """
-    plan = _prune.Plan(tuple(paths), structure, (), tuple(range(len(paths))))
-    kept = [_active_units(structure, p, m) for p, m in zip(paths, found, strict=True)]
+    plan = _prune.Plan((path,), structure, (), (0,))
+    kept = _active_units(structure, path, found)
     dropping, active = plan, kept
     if isinstance(structure, NM):
         dropping = _prune.Plan(plan.paths, Unstructured(), (), plan.groups)
-        active = [masks.count_leaf(m) for m in found]
-    left = [_wide.subtract(k, _wide.share(k, share)) for k in active]
-    stay = largest(dropping, left, weights, found)
-    # NaN ranks below what is pruned: nothing may stay that was not there.
-    stay = [a & b for a, b in zip(stay, found, strict=True)]
-    leaves = list(zip(growth, stay, strict=True))
-    return _prune.decide(plan, kept, lambda x, m: above_all(score(x), m), leaves)
+        active = masks.count_leaf(found)
+    left = _wide.subtract(active, _wide.share(active, share))
+    (stay,) = largest(dropping, [left], [w], [found])
+    stay &= found  # NaN ranks below what is pruned: nothing may stay that was not there
+    (grown,) = _prune.decide(
+        plan, [kept], lambda x, m: above_all(score(x), m), [(growth, stay)]
+    )
+    return grown
 
 
 def above_all(scores: Array, mask: Bool[Array, "..."]) -> Array:

@@ -63,4 +63,4 @@ def rigl(
     target = _target.fixed(
         sparsity, structure, allocation, begin=begin, end=end, every=every
     )
-    return regrowing(target, key, drop, jnp.abs, lambda grads, key: grads)
+    return regrowing(target, key, drop, jnp.abs, lambda g, key: g)

@@ -57,9 +57,7 @@ def set_(
     target = _target.fixed(
         sparsity, structure, allocation, begin=begin, end=end, every=every
     )
-    return regrowing(
-        target, key, drop, _same, lambda grads, key: scores.random(grads, key=key)
-    )
+    return regrowing(target, key, drop, _same, lambda g, key: scores.random(g, key=key))
 
 
 def _same(x: Array) -> Array:

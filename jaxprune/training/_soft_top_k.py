@@ -1,6 +1,7 @@
 """Soft top-k masks by regularised transportation (Spartan, arXiv 2205.14107)."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jaxprune import _prune, _tree, masks, schedules
+from jaxprune import _prune, _select, _tree, masks, schedules
+from jaxprune._select import Scored, scored
 from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation
 from jaxprune.schedules import Schedule
@@ -174,7 +176,9 @@ class _View:
         return hash((type(self.structure), self.shared))  # axes may be a mapping
 
     def __call__(self, params: PyTree, state: MethodState) -> PyTree:
-        soft = _weigh(self.structure, self.shared, params, state.own)
+        # What the derivative needs is made again from the weights, not stored.
+        weigh = jax.checkpoint(functools.partial(_weigh, self.structure, self.shared))
+        soft = weigh(params, state.own)
 
         def see(w, u, mask):
             keep = masks.as_bool(mask)
@@ -196,15 +200,8 @@ def _weigh(
         own.offsets[:1] if shared else own.offsets,
         strict=True,
     ):
-        fixed = [lax.stop_gradient(x) for x in some]
-        slopes = [_slope(own.beta * x + mu) for x in fixed]
-        total = sum(jnp.sum(a) for a in slopes)
-        # The offset itself, with the derivative that the constraint gives it.
-        moved = sum(
-            jnp.sum(a * (x - x0)) for a, x, x0 in zip(slopes, some, fixed, strict=True)
-        )
-        offset = mu - own.beta * moved / jnp.where(total > 0, total, 1)
-        logits += [own.beta * x + offset for x in some]
+        offset = _attached(mu, own.beta, [_score(x) for x in some])
+        logits += [own.beta * _score(x) + offset for x in some]
     soft = iter(
         structure.spread(p, jax.nn.sigmoid(x), w)
         for p, x, w in zip(paths, logits, weights, strict=True)
@@ -212,11 +209,46 @@ def _weigh(
     return _tree.map_leaves(lambda w: (w * next(soft)).astype(w.dtype), params)
 
 
-def _values(structure: Structure, path: str, w: Array) -> Array:
+@jax.custom_vjp
+def _attached(mu: Array, beta: Array, values: list[Array]) -> Array:
+    """`mu`, with the derivative that the mass of the masks gives it."""
+    del beta, values
+    return mu
+
+
+def _attached_forward(mu, beta, values):
+    return mu, (mu, beta, values)
+
+
+def _attached_backward(residuals, g):
+    mu, beta, values = residuals
+
+    def slope(x):
+        return _slope(beta * x + mu)
+
+    total = sum(_total(scored(slope, x), jnp.add, 0) for x in values)
+    factor = -g * beta / jnp.where(total > 0, total, 1)
+    return jnp.zeros_like(mu), jnp.zeros_like(beta), [factor * slope(x) for x in values]
+
+
+_attached.defvjp(_attached_forward, _attached_backward)
+
+
+def _values(structure: Structure, path: str, w: Array) -> Scored:
     """Magnitudes, of blocks and channels their means, in float32."""
     unit = structure.scored(path, _magnitude, w)
-    sums = unit.score(*unit.operands)
-    return sums * (sums.size / max(w.size, 1))
+    share = structure.units(path, w) / max(w.size, 1)
+    return scored(lambda *xs: unit.score(*xs) * share, *unit.operands)
+
+
+def _score(x: Scored) -> Array:
+    return x.score(*x.operands)
+
+
+def _total(x: Scored, combine, initial: float, f=lambda x: x) -> Array:
+    return _select.reduced(
+        scored(lambda *xs: f(x.score(*xs)), *x.operands), combine, initial
+    )
 
 
 def _scaled(structure: Structure, path: str, w: Array) -> Array:
@@ -233,7 +265,7 @@ def _wide(w: Array) -> Array:
     return w.astype(jnp.promote_types(w.dtype, jnp.float32))
 
 
-def _grouped(values: list[Array], shared: bool) -> list[list[Array]]:
+def _grouped(values: list[Scored], shared: bool) -> list[list[Scored]]:
     return [values] if shared else [[x] for x in values]
 
 
@@ -243,23 +275,31 @@ def _slope(x: Array) -> Array:
     return m * (1 - m)
 
 
-def _offset(values: Sequence[Array], mass: Array, beta: Array) -> Array:
+def _offset(values: Sequence[Scored], mass: Array, beta: Array) -> Array:
     """The `mu` for which `sigmoid(beta x + mu)` sums to `mass`; +inf if that is all."""
-    size = sum(x.size for x in values)
+    size = sum(jax.eval_shape(x.score, *x.operands).size for x in values)
     if not size:
         return jnp.float32(jnp.inf)
     share = mass / size
     middle = jnp.log(share) - jnp.log1p(-share)
-    low = middle - beta * jnp.max(jnp.stack([jnp.max(x, initial=0) for x in values]))
-    high = middle - beta * jnp.min(
-        jnp.stack([jnp.min(x, initial=jnp.inf) for x in values])
-    )
+    most = jnp.stack([_total(x, jnp.maximum, 0) for x in values])
+    least = jnp.stack([_total(x, jnp.minimum, jnp.inf) for x in values])
+    low, high = middle - beta * jnp.max(most), middle - beta * jnp.min(least)
 
     def narrow(state):
         low, high, mu, _, i = state
-        masks = [jax.nn.sigmoid(beta * x + mu) for x in values]
-        excess = sum(jnp.sum(m) for m in masks) - mass
-        slope = sum(jnp.sum(m * (1 - m)) for m in masks)
+        # Tied to the loop: what does not change in it would be stored in front of it.
+        operands, _ = lax.optimization_barrier(([x.operands for x in values], mu))
+        tied = [x._replace(operands=o) for x, o in zip(values, operands, strict=True)]
+
+        def soft(x):
+            return jax.nn.sigmoid(beta * x + mu)
+
+        def slope_at(x):
+            return _slope(beta * x + mu)
+
+        excess = sum(_total(x, jnp.add, 0, soft) for x in tied) - mass
+        slope = sum(_total(x, jnp.add, 0, slope_at) for x in tied)
         low, high = jnp.where(excess < 0, mu, low), jnp.where(excess < 0, high, mu)
         newton = mu - excess / jnp.where(slope > 0, slope, 1)
         inside = (newton >= low) & (newton <= high) & (slope > 0)

@@ -169,8 +169,8 @@ def test_granet_prunes_then_exchanges_in_each_leaf():
 def test_exchange_keeps_the_structure(structure):
     w, g = make((32, 16), 1), make((32, 16), 2)
     _, masks = jp.prune({"kernel": w}, 0.5, structure=structure)
-    (found,) = exchange(
-        ["kernel"], structure, [masks["kernel"]], [w], jnp.abs, [g], jnp.float32(0.4)
+    found = exchange(
+        "kernel", structure, masks["kernel"], w, jnp.abs, g, jnp.float32(0.4)
     )
     found = np.asarray(found)
     assert found.sum() == w.size // 2
@@ -189,23 +189,15 @@ def test_exchange_of_nothing_changes_nothing():
     w = make((32, 16))
     for structure in (jp.Unstructured(), jp.NM(2, 4), jp.Block(8, 8)):
         _, masks = jp.prune({"kernel": w}, 0.5, structure=structure)
-        (found,) = exchange(
-            ["k"], structure, [masks["kernel"]], [w], jnp.abs, [w], jnp.float32(0)
-        )
+        found = exchange("k", structure, masks["kernel"], w, jnp.abs, w, jnp.float32(0))
         np.testing.assert_array_equal(found, masks["kernel"])
 
 
 def test_nan_weights_are_exchanged_like_small_ones():
     w = make((16, 16)).at[3, 3].set(jnp.nan)
     mask = jnp.ones((16, 16), bool).at[:8].set(False).at[3, 3].set(True)
-    (found,) = exchange(
-        ["k"],
-        jp.Unstructured(),
-        [mask],
-        [w],
-        jnp.abs,
-        [make((16, 16), 5)],
-        jnp.float32(0),
+    found = exchange(
+        "k", jp.Unstructured(), mask, w, jnp.abs, make((16, 16), 5), jnp.float32(0)
     )
     found = np.asarray(found)
     assert found.sum() == int(mask.sum())
