@@ -44,10 +44,11 @@ def chts(
 ) -> Method:
     """Regrows links where the network's own topology predicts them, without gradients.
 
-    Each update removes a share of each leaf's links and grows as many there. What stays is drawn with probabilities proportional to `score**T`,
-    and what grows with probabilities proportional to the link's CH2-L3n score
-    (`ch2_l3n`); links just removed may grow again. `T` rises on a straight line, so that
-    removal goes from explorative to almost exact; the share falls to 0 on half a cosine.
+    Each update removes a share of each leaf's links and grows as many there. What stays is
+    drawn with probabilities proportional to `score**T`, and what grows with probabilities
+    proportional to the link's CH2-L3n score (`ch2_l3n`); links just removed may grow
+    again. `T` rises on a straight line, so that removal goes from explorative to almost
+    exact; the share falls to 0 on half a cosine.
 
     With `initial` (0.5 in the paper) it is CHTss: the density falls on a sigmoid from the
     initial to the final one, and each update first prunes to it by relative importance.
