@@ -19,7 +19,7 @@ class Inputs(NamedTuple):
       gram: mean of x xᵀ, float32 `[*stack, K, K]`.
     """
 
-    count: Float[Array, "*stack"]
+    count: Float[Array, "*stack"]  # pyright: ignore[reportIncompatibleMethodOverride]
     square: Float[Array, "*stack K"] | None = None
     mean: Float[Array, "*stack K"] | None = None
     variance: Float[Array, "*stack K"] | None = None

@@ -1,4 +1,14 @@
 """Reading a function from its jaxpr: where a leaf is contracted, and running it anew."""
 
+from ._replay import Tap as Tap
 from ._replay import View as View
 from ._replay import replay as replay
+from ._replay import tap as tap
+from ._sites import Loop as Loop
+from ._sites import Matrix as Matrix
+from ._sites import Reading as Reading
+from ._sites import Site as Site
+from ._trace import Trace as Trace
+from ._trace import of_jaxpr as of_jaxpr
+from ._trace import sites as sites
+from ._walk import Contraction as Contraction
