@@ -4,6 +4,7 @@ Frantar & Alistarh, SparseGPT: Massive Language Models Can Be Accurately Pruned 
 One-Shot, arXiv 2301.00774.
 """
 
+import math
 from fractions import Fraction
 
 import jax
@@ -59,42 +60,40 @@ def prune_rows(w, gram, *, sparsity, structure, group, block_size, damping):
     kept = np.asarray(_selection.kept_in_tiles(w.shape, tile, sparsity, structure, group))
     whole = None
     if group == "layer" and not isinstance(structure, NM):
-        scores = (w * hessian.diagonal[:, None]) ** 2
+        scores = (w * jnp.diagonal(hessian.lower)[:, None]) ** 2
         whole = _selection.best(scores, sparsity, structure, group)
 
     def prune_tiles(change, first, count, size):
         """Prunes `count` tiles of `size` rows; gives what changed, masks and loss."""
         ends = np.minimum(rows, first + size * _ends(count))
 
-        def carry_over(change, start):
-            """What rows above change in the rows of a tile, before they are scaled."""
-            def product(end):
-                def f(change, start):
-                    upper = lax.dynamic_slice(hessian.upper, (0, start), (end, size))
-                    return jnp.matmul(upper.T, change[:end], precision=_HIGHEST)
-                return f
-            which = jnp.searchsorted(ends, start)
-            return lax.switch(which, [product(int(e)) for e in ends], change, start)
-
         def prune_tile(change, step):
             start, keeps = step
-            square = lax.dynamic_slice(hessian.upper, (start, start), (size, size))
-            inverse = jax.scipy.linalg.solve_triangular(square, jnp.eye(size))  # of upper
+            across = lax.dynamic_slice_in_dim(hessian.lower, start, size)  # [size, K]
+            corner = lax.dynamic_slice_in_dim(across, start, size, axis=1)
+            inverse = jax.scipy.linalg.solve_triangular(corner, jnp.eye(size), lower=True)
             dense = lax.dynamic_slice_in_dim(w, start, size)
-            carried = carry_over(change, start)
-            now = dense + jnp.matmul(inverse.T, carried, precision=_HIGHEST)
+            carried = lax.switch(
+                jnp.searchsorted(ends, start), [product(int(e)) for e in ends], across, change)
+            now = dense + jnp.matmul(inverse, carried, precision=_HIGHEST)
             if whole is not None:
                 mask = lax.dynamic_slice_in_dim(whole, start, size)
             elif isinstance(structure, NM):
                 mask = None
             else:
-                scores = (now * jnp.diagonal(square)[:, None]) ** 2
+                scores = (now * jnp.diagonal(corner)[:, None]) ** 2
                 mask = _selection.best_of_tile(scores, keeps, structure, group)
             errors, mask = _eliminate(now, inverse, mask, structure)
-            final = now - jnp.matmul(inverse.T, errors, precision=_HIGHEST)
+            final = now - jnp.matmul(inverse, errors, precision=_HIGHEST)
             final = jnp.where(mask, final, 0)
             change = lax.dynamic_update_slice_in_dim(change, dense - final, start, 0)
             return change, (mask, jnp.sum(errors**2))
+
+        def product(end):
+            def f(across, change):
+                return jnp.matmul(across[:, :end], change[:end], precision=_HIGHEST)
+            return f
+
         i = first // tile
         steps = (first + size * np.arange(count), kept[i : i + count])
         change, (mask, loss) = lax.scan(prune_tile, change, steps)
@@ -108,55 +107,71 @@ def prune_rows(w, gram, *, sparsity, structure, group, block_size, damping):
         losses.append(loss)
     mask = jnp.concatenate(masks)
     new = jnp.where(mask, w - change, 0)
-    return new, mask, sum(losses), hessian.damping
+    return new, mask, sum(losses) - hessian.added * jnp.sum(jnp.square(change)), hessian.damping
 
 
-def _eliminate(now, inverse, mask, structure):
-    size, columns = now.shape
-    m = structure.m if isinstance(structure, NM) else 1
-    strip = m * max(1, _STRIP // m)
-    if size % strip:
-        strip = m if size % m == 0 and m > 1 else int(np.gcd(size, _STRIP))
-    diagonal = 1 / jnp.diagonal(inverse)
+def _eliminate(
+    now: Float[Array, "rows N"],
+    inverse: Float[Array, "rows rows"],
+    mask: Bool[Array, "rows N"] | None,
+    structure: Structure,
+) -> tuple[Float[Array, "rows N"], Bool[Array, "rows N"]]:
+    """The errors `e` of one tile: what pruning leaves to the rows that follow.
 
-    def strip_errors(s, state):
-        errors, mask = state
+    Row by row: `e = (w - sum of U e before) / U_ii` where pruned, and 0 elsewhere. Without
+    a mask, that of every N:M group is found when its first row is reached.
+    """
+    rows = now.shape[0]
+    m = structure.m if mask is None else 1
+    strip = m * math.gcd(max(1, _STRIP // m), rows // m)
+    keeps = jnp.zeros(now.shape, bool) if mask is None else mask
+
+    def prune_strip(s, state):
+        errors, keeps = state
         at = s * strip
-        above = lax.dynamic_slice(inverse, (0, at), (size, strip))
+        before = lax.dynamic_slice_in_dim(inverse, at, strip)
         part = lax.dynamic_slice_in_dim(now, at, strip)
-        part = part - jnp.matmul(above.T, errors, precision=_HIGHEST)
-        square = lax.dynamic_slice(above, (at, 0), (strip, strip))
-        scale = lax.dynamic_slice_in_dim(diagonal, at, strip)
+        part = part - jnp.matmul(before, errors, precision=_HIGHEST)
+        square = lax.dynamic_slice_in_dim(before, at, strip, axis=1)
+        kept = lax.dynamic_slice_in_dim(keeps, at, strip)
 
-        def row_error(i, found, keep):
-            before = jnp.sum(square[:, i][:, None] * found, axis=0)
-            error = jnp.where(keep, 0, (part[i] - before) * scale[i])
+        def prune_row(i, found, keep):
+            before = jnp.sum(square[i][:, None] * found, axis=0)
+            error = jnp.where(keep, 0, (part[i] - before) / square[i, i])
             return found.at[i].set(error)
 
-        found = jnp.zeros_like(part)
-        if mask_known:
-            kept = lax.dynamic_slice_in_dim(mask, at, strip)
-            found = lax.fori_loop(0, strip, lambda i, f: row_error(i, f, kept[i]), found)
-        else:
-            def group(g, state):
-                found, kept = state
-                rows = lax.dynamic_slice_in_dim(part, g * m, m)
-                cols = lax.dynamic_slice_in_dim(square, g * m, m, axis=1)
-                rows = rows - jnp.matmul(cols.T, found, precision=_HIGHEST)
-                score = (rows * lax.dynamic_slice_in_dim(scale, g * m, m)[:, None]) ** 2
-                keep = NM(structure.n, m).best("", score)
-                found = lax.fori_loop(
-                    0, m, lambda i, f: row_error(g * m + i, f, keep[i]), found)
-                return found, lax.dynamic_update_slice_in_dim(kept, keep, g * m, 0)
-            found, kept = lax.fori_loop(0, strip // m, group, (found, jnp.zeros(part.shape, bool)))
-            mask = lax.dynamic_update_slice_in_dim(mask, kept, at, 0)
-        errors = lax.dynamic_update_slice_in_dim(errors, found, at, 0)
-        return errors, mask
+        def prune_group(g, state):
+            found, kept = state
+            i = g * m
+            links = lax.dynamic_slice_in_dim(square, i, m)
+            values = lax.dynamic_slice_in_dim(part, i, m)
+            values = values - jnp.matmul(links, found, precision=_HIGHEST)
+            scale = lax.dynamic_slice_in_dim(jnp.diagonal(square), i, m)
+            keep = _best_rows(jnp.abs(values) / scale[:, None], structure.n)
+            found = lax.fori_loop(0, m, lambda j, f: prune_row(i + j, f, keep[j]), found)
+            return found, lax.dynamic_update_slice_in_dim(kept, keep, i, 0)
 
-    mask_known = mask is not None
-    if mask is None:
-        mask = jnp.zeros(now.shape, bool)
-    return lax.fori_loop(0, size // strip, strip_errors, (jnp.zeros_like(now), mask))
+        found = jnp.zeros_like(part)
+        if mask is None:
+            found, kept = lax.fori_loop(0, strip // m, prune_group, (found, kept))
+            keeps = lax.dynamic_update_slice_in_dim(keeps, kept, at, 0)
+        else:
+            found = lax.fori_loop(0, strip, lambda i, f: prune_row(i, f, kept[i]), found)
+        return lax.dynamic_update_slice_in_dim(errors, found, at, 0), keeps
+
+    return lax.fori_loop(0, rows // strip, prune_strip, (jnp.zeros_like(now), keeps))
+
+
+def _best_rows(scores: Float[Array, "m N"], n: int) -> Bool[Array, "m N"]:
+    """The best `n` rows of each column; ties go to the lower row."""
+    m = scores.shape[0]
+    if m > 8:
+        return NM(n, m).best("", scores)
+    keep = []  # row by row, which vectorises
+    for i in range(m):
+        wins = [scores[j] >= scores[i] if j < i else scores[j] > scores[i] for j in range(m) if j != i]
+        keep.append(sum(x.astype(jnp.uint8) for x in wins) < n)
+    return jnp.stack(keep)
 
 
 def _tile(rows, structure, block_size):
