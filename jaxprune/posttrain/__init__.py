@@ -1,1 +1,8 @@
 """One-shot pruning of trained models, matrix by matrix and block by block."""
+
+from ._magnitude import magnitude as magnitude
+from ._solver import Group as Group
+from ._solver import Solution as Solution
+from ._solver import Solver as Solver
+from ._solver import layer_error as layer_error
+from ._sparsegpt import sparsegpt as sparsegpt

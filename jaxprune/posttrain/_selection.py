@@ -1,0 +1,143 @@
+"""Masks of one matrix from its scores, to exact counts, within a comparison group."""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from jaxprune import _select, _wide, allocation
+from jaxprune.structures import NM, Block, Structure
+
+
+def best(
+    scores: Float[Array, "K N"],
+    sparsity: Fraction,
+    structure: Structure,
+    group: str,
+) -> Bool[Array, "K N"]:
+    """The mask of the whole matrix that keeps the highest scores.
+
+    With `"output"` each output keeps as many; counts are rounded half down.
+    """
+    if isinstance(structure, NM):
+        return structure.best("", scores)
+    kept = kept_in_tiles(scores.shape, scores.shape[0], sparsity, structure, group)
+    return best_of_tile(scores, kept[0], structure, group)
+
+
+def kept_in_tiles(
+    shape: Sequence[int],
+    rows: int,
+    sparsity: Fraction,
+    structure: Structure,
+    group: str,
+) -> list[int]:
+    """How many units to keep in every `rows` rows of `[K, N]`, the last perhaps fewer.
+
+    Units of one output with the group `"output"`, else of all outputs. They add up to
+    what is to be kept of all rows.
+    """
+    high, wide = unit_shape(structure)
+    units = shape[0] // high
+    columns = 1 if group == "output" else shape[1] // wide
+    total = units * columns
+    whole = jax.ShapeDtypeStruct((total * high * wide, 1), "float32")
+    flat = Block(high * wide, 1)  # a row of units, whatever their shape
+    kept = flat.kept_units("", whole, sparsity)
+    heights = [min(rows, shape[0] - r) // high for r in range(0, shape[0], rows)]
+    wanted = [Fraction(kept * h * columns, max(total, 1)) for h in heights]
+    return allocation.round_to_total(wanted, kept)
+
+
+def unit_shape(structure: Structure) -> tuple[int, int]:
+    """Rows and columns of what is kept or pruned as one."""
+    return (structure.rows, structure.cols) if isinstance(structure, Block) else (1, 1)
+
+
+def best_of_tile(
+    scores: Float[Array, "rows N"],
+    kept: int | Int[Array, ""],
+    structure: Structure,
+    group: str,
+) -> Bool[Array, "rows N"]:
+    """The mask that keeps `kept` units, in each output or in all, by the scores' sums."""
+    high, wide = unit_shape(structure)
+    rows, columns = scores.shape
+    if (high, wide) != (1, 1):
+        parts = scores.reshape(rows // high, high, columns // wide, wide)
+        scores = jnp.sum(parts, axis=(1, 3))
+    mask = best_by_column(scores, kept) if group == "output" else best_of_all(scores, kept)
+    if (high, wide) != (1, 1):
+        mask = jnp.repeat(jnp.repeat(mask, high, axis=0), wide, axis=1)
+    return mask
+
+
+def best_of_all(
+    scores: Float[Array, "rows N"], kept: int | Int[Array, ""]
+) -> Bool[Array, "rows N"]:
+    """Keeps the `kept` highest; ties go to the lower index."""
+    if isinstance(kept, int):
+        count = _wide.from_int(kept)
+    else:
+        count = _wide.Wide(jnp.zeros((), jnp.uint32), kept.astype(jnp.uint32))
+    cut = _select.cuts([_select.stored(scores)], [count], [0])[0]
+    return _select.keep(scores, cut)
+
+
+def best_by_column(
+    scores: Float[Array, "rows N"], kept: int | Int[Array, ""]
+) -> Bool[Array, "rows N"]:
+    """Keeps the `kept` highest of each column; ties go to the lower row.
+
+    Bisection on ordered bits. Columns do not meet, so that on a mesh that shards them
+    nothing is exchanged.
+    """
+    bits = _select.ordered(scores)
+    kept = jnp.uint32(kept)
+
+    def narrow(i, found):
+        # The highest threshold that at least `kept` scores reach, bit by bit.
+        probe = found | (jnp.uint32(1) << (jnp.uint32(31) - i.astype(jnp.uint32)))
+        return jnp.where(_count(bits >= probe) >= kept, probe, found)
+
+    zero = jnp.zeros_like(bits[0])
+    threshold = lax.fori_loop(0, 32, narrow, zero)
+    above = bits > threshold
+    ties = bits == threshold
+    left = kept - _count(above)
+
+    row = lax.broadcasted_iota(jnp.uint32, bits.shape, 0)
+    steps = max(1, math.ceil(math.log2(scores.shape[0] + 1)))
+
+    def place(i, end):
+        # The highest end before which at most `left` ties stand.
+        probe = end | (jnp.uint32(1) << (jnp.uint32(steps - 1) - i.astype(jnp.uint32)))
+        return jnp.where(_count(ties & (row < probe)) <= left, probe, end)
+
+    end = lax.fori_loop(0, steps, place, zero)
+    return above | (ties & (row < end))
+
+
+def _count(test: Bool[Array, "rows N"]) -> UInt32[Array, " N"]:
+    """How many of each column are true."""
+    # XLA's CPU backend sums down a column one by one; adding halves vectorises. Seven
+    # times at most, as many as a byte can count.
+    counts = test.astype(jnp.uint8)
+    for _ in range(7):
+        if counts.shape[0] % 2 == 0:
+            half = counts.shape[0] // 2
+            counts = counts[:half] + counts[half:]
+    return jnp.sum(counts, axis=0, dtype=jnp.uint32)
+
+
+def group_order(structure: Structure, rows: int) -> np.ndarray | None:
+    """The order of rows in which members of a group are neighbours, if not as they are."""
+    if not isinstance(structure, NM) or structure.stride == 1:
+        return None
+    places = np.arange(rows).reshape(-1, structure.m, structure.stride)
+    return places.transpose(0, 2, 1).reshape(-1)
