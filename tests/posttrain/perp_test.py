@@ -16,6 +16,7 @@ from jaxprune import posttrain
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 KEY = jax.random.key(0)
+DENSE = ["Dense_0", "Dense_1", "Dense_2"]
 KINDS = ["bias", "norm", "mask_lora", "scale_lora"]
 
 
@@ -102,10 +103,10 @@ def _zeros_stay(params, masks):
 @pytest.mark.parametrize(
     ("kind", "paths"),
     [
-        ("bias", {f"{p}_{i}/bias" for p in ("Dense", "LayerNorm") for i in (0, 1)} | {"Dense_2/bias"}),
+        ("bias", {f"{p}/bias" for p in [*DENSE, "LayerNorm_0", "LayerNorm_1"]}),
         ("norm", {f"LayerNorm_{i}/{p}" for i in (0, 1) for p in ("scale", "bias")}),
-        ("mask_lora", {f"Dense_{i}/kernel" for i in range(3)}),
-        ("scale_lora", {f"Dense_{i}/kernel" for i in range(3)}),
+        ("mask_lora", {f"{p}/kernel" for p in DENSE}),
+        ("scale_lora", {f"{p}/kernel" for p in DENSE}),
         (("bias", "scale_lora"), None),
     ],
 )  # fmt: skip
