@@ -82,7 +82,7 @@ def by_block_error(
 
     References:
       Xu et al., BESA: Pruning Large Language Models with Blockwise Parameter-Efficient
-      Sparsity Allocation, arXiv 2402.16880, section 3 and the authors' code.
+      Sparsity Allocation, arXiv 2402.16880, and the authors' code.
     """
     wanted = exact(sparsity)
     if not wanted:

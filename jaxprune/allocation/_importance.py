@@ -52,7 +52,7 @@ def owl(
 
     References:
       Yin et al., Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for
-      Pruning LLMs to High Sparsity, arXiv 2310.05175, section 3.2.
+      Pruning LLMs to High Sparsity, arXiv 2310.05175, and their code.
     """
     found = _by_leaf("outliers", outliers, shapes)
     least, most = min(found.values(), default=0), max(found.values(), default=0)
@@ -129,7 +129,7 @@ def outlier_ratio(scores: Any, *, multiple: float = 5.0) -> Float[Array, ""]:
       Array(0.125, dtype=float32)
 
     References:
-      Yin et al., arXiv 2310.05175, section 3.2 (Layerwise Outlier Distribution).
+      Yin et al., arXiv 2310.05175 (Layerwise Outlier Distribution).
     """
     _positive("multiple", multiple)
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(scores)]
@@ -171,7 +171,7 @@ def similarity(
 
     References:
       Men et al., ShortGPT: Layers in Large Language Models are More Redundant Than You
-      Expect, arXiv 2403.03853, section 3.1: the block influence is one minus this.
+      Expect, arXiv 2403.03853: the block influence is one minus this.
     """
     shape = jnp.shape(before)
     if not shape or jnp.shape(after) != shape:

@@ -1,6 +1,7 @@
 """One-shot pruning of trained models, matrix by matrix and block by block."""
 
 from ._bias import bias_correction as bias_correction
+from ._contrast import contrast_mask as contrast_mask
 from ._distill import SelfData as SelfData
 from ._distill import cross_entropy as cross_entropy
 from ._distill import distill as distill

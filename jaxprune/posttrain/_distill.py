@@ -76,8 +76,8 @@ def distill_logits(
       0.1308
 
     References:
-      Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531,
-      section 2; Gu et al., MiniLLM, arXiv 2306.08543, for the reverse divergence.
+      Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531;
+      Gu et al., MiniLLM, arXiv 2306.08543, for the reverse divergence.
     """
     name = "distill_logits"
     _check_pair(name, student, teacher)
@@ -133,8 +133,8 @@ def distill(
       0.3466
 
     References:
-      Ben-Baruch et al., Distilling the Knowledge in Data Pruning, arXiv 2403.07854,
-      section 3 (Eq. 1); Hinton et al., arXiv 1503.02531.
+      Ben-Baruch et al., Distilling the Knowledge in Data Pruning, arXiv 2403.07854;
+      Hinton et al., arXiv 1503.02531.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"distill: got alpha={alpha}; expected a share in [0, 1].")
@@ -166,8 +166,8 @@ def distill_hidden(
       2.0
 
     References:
-      Romero et al., FitNets, arXiv 1412.6550, Eq. (3); Jiao et al., TinyBERT,
-      arXiv 1909.10351, Eqs. (7) and (8).
+      Romero et al., FitNets, arXiv 1412.6550 (hints); Jiao et al., TinyBERT,
+      arXiv 1909.10351 (hidden states and attention).
     """
     _check_pair("distill_hidden", student, teacher)
     _check_weights("distill_hidden", weights, jnp.shape(student)[:-1])
@@ -239,7 +239,7 @@ def self_data(
 
     References:
       Thangarasa et al., Self-Data Distillation for Recovering Quality in Pruned Large
-      Language Models, arXiv 2410.09982, section 3; Yang et al., Self-Distillation Bridges
+      Language Models, arXiv 2410.09982; Yang et al., Self-Distillation Bridges
       Distribution Gap in Language Model Fine-Tuning, arXiv 2402.13669.
     """
     tokens, given = jnp.asarray(tokens), jnp.asarray(given)

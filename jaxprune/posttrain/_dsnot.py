@@ -79,7 +79,7 @@ def dsnot(
 
     References:
       Zhang et al., Dynamic Sparse No Training: Training-Free Fine-tuning for Sparse LLMs,
-      arXiv 2310.08915, section 3, and their code for the order of the swaps.
+      arXiv 2310.08915, and their code for the order of the swaps.
     """
     _given.check("dsnot", mask, w=w)
     if cycles < 1:

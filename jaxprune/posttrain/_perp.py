@@ -95,7 +95,7 @@ def perp_init(
 
     References:
       Zimmer et al., PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs,
-      arXiv 2312.15230, section 3. The authors give LoRA to the head as well, unmasked.
+      arXiv 2312.15230. The authors give LoRA to the head as well, unmasked.
     """
     kinds = (kind,) if isinstance(kind, str) else tuple(kind)
     _check_kinds(kinds, rank)

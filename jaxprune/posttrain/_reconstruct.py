@@ -104,7 +104,7 @@ def reconstruct(
       ValueError: if shapes do not fit, `inputs.gram` is missing, or a number is below 1.
 
     References:
-      Zimmer et al., arXiv 2312.15230, section 3.2 (layer-wise reconstruction).
+      Zimmer et al., arXiv 2312.15230 (layer-wise reconstruction).
     """
     gram = _check("reconstruct", w_dense, w, mask, inputs, steps)
     if kind not in ("mask_lora", "scale_lora"):
