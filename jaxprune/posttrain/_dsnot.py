@@ -1,7 +1,6 @@
 """DSnoT: a mask refined by swaps that cancel the mean error, without new weights."""
 
 import functools
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -9,23 +8,10 @@ from jaxtyping import Array, Bool, Float
 
 from jaxprune.calibration import Inputs
 from jaxprune.posttrain import _given
+from jaxprune.posttrain._given import Refined
 from jaxprune.structures import NM, Structure, Unstructured
 
 _SEQUENCE = 2048  # over which the authors sum what we average
-
-
-class Swapped(NamedTuple):
-    """A refined mask, and what it was for.
-
-    Attributes:
-      mask: True = keep, as many in each column as before.
-      error: what the pruned weights gave to each output on average, float32 `[*stack, N]`.
-      initial_error: the same before.
-    """
-
-    mask: Bool[Array, "*stack K N"]
-    error: Float[Array, "*stack N"]
-    initial_error: Float[Array, "*stack N"]
 
 
 def dsnot(
@@ -37,7 +23,7 @@ def dsnot(
     cycles: int = 50,
     threshold: float = 0.1 / _SEQUENCE,
     variance_power: float = 1.0,
-) -> Swapped:
+) -> Refined:
     """Dynamic Sparse no Training: prunes and regrows by pairs, to cancel the mean error.
 
     A column of pruned weights changes its output by `e = Σ w E[x]` on average. In each
@@ -59,6 +45,9 @@ def dsnot(
       threshold: of `|e|`, below which a column is done. The authors' 0.1 is of the sum
         over a sequence; ours is their value for 2048 tokens.
       variance_power: `p`; 1 as the authors, 0 leaves the variance out.
+
+    Returns:
+      A mask with as many kept in each column as before, and the sizes of the errors `e`.
 
     Raises:
       ValueError: if shapes do not fit, a statistic is missing, or `cycles` is below 1.
@@ -109,7 +98,7 @@ def dsnot(
     return _given.over_stack(one, w.ndim)(w, mask, mean, norm, weight)
 
 
-def _refine(w, mask, mean, norm, weight, *, swap, cycles, threshold) -> Swapped:
+def _refine(w, mask, mean, norm, weight, *, swap, cycles, threshold) -> Refined:
     w = _given.wide(w)
     share = w * mean[:, None]  # what each weight gives to its output, on average
     salience = jnp.abs(w) * norm[:, None]
@@ -120,7 +109,7 @@ def _refine(w, mask, mean, norm, weight, *, swap, cycles, threshold) -> Swapped:
     after = _error(share, new)
     # The swaps add up their errors in another order, and may be wrong by a rounding.
     fell = jnp.abs(after) < jnp.abs(before)
-    return Swapped(jnp.where(fell, new, mask), jnp.where(fell, after, before), before)
+    return Refined(jnp.where(fell, new, mask), jnp.where(fell, after, before), before)
 
 
 def _error(share: Array, mask: Array) -> Array:

@@ -1,13 +1,27 @@
-"""What a refiner was given: checks of the matrices, masks and statistics."""
+"""What refiners have in common: the checks of what they are given, and their result."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float
 
 from jaxprune.calibration import Inputs
+
+
+class Refined(NamedTuple):
+    """A refined mask, and what it was for.
+
+    Attributes:
+      mask: True = keep.
+      error: of each output, in the measure of the method that made the mask.
+      initial_error: the same of the mask given; never smaller in size.
+    """
+
+    mask: Bool[Array, "*stack K N"]
+    error: Float[Array, "*stack N"]
+    initial_error: Float[Array, "*stack N"]
 
 
 def check(caller: str, mask: Any, **matrices: Any) -> None:
