@@ -110,21 +110,21 @@ def anneal(
     unit = jnp.sum(sizes) / jnp.maximum(jnp.sum(allowed), 1)
     ratio = (coldest / hottest) ** (1 / max(temperatures - 1, 1))
 
+    draws = jax.random.uniform(key, (temperatures * count, 2))
+
     def offer(t, state):
         x, field, value, best, least = state
         i = t % count
         temperature = unit * hottest * ratio ** (t // count)
-        of_partner, of_luck = jax.random.split(jax.random.fold_in(key, t))
         others = free & (x != x[i])
-        j = jnp.argmax(
-            jnp.where(others, jax.random.uniform(of_partner, (count,)), -1.0)
-        )
+        chosen = jnp.floor(draws[t, 0] * jnp.sum(others)) + 1
+        j = jnp.argmax(others & (jnp.cumsum(others) == chosen))
         # `out` comes back into the model, `into` is pruned in its place.
         out, into = jnp.where(x[i], i, j), jnp.where(x[i], j, i)
         change = _swap_change(program, field, out, into)
         luck = jnp.exp(-change / jnp.where(temperature > 0, temperature, 1))
         do = free[i] & jnp.any(others)
-        do &= (change <= 0) | (jax.random.uniform(of_luck) < luck)
+        do &= (change <= 0) | (draws[t, 1] < luck)
         x = x.at[out].set(x[out] & ~do).at[into].set(x[into] | do)
         turned = program.quadratic[into] - program.quadratic[out]
         field = field + jnp.where(do, turned, 0)
