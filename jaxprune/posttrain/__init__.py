@@ -1,11 +1,5 @@
 """One-shot pruning of trained models, matrix by matrix and block by block."""
 
-from ._magnitude import magnitude as magnitude
-from ._solver import Group as Group
-from ._solver import Solution as Solution
-from ._solver import Solver as Solver
-from ._solver import layer_error as layer_error
-from ._sparsegpt import sparsegpt as sparsegpt
 from ._bias import bias_correction as bias_correction
 from ._contrast import contrast_mask as contrast_mask
 from ._distill import SelfData as SelfData
@@ -19,12 +13,21 @@ from ._given import Refined as Refined
 from ._icbs import Step as Step
 from ._icbs import icbs as icbs
 from ._icbs import icbs_step as icbs_step
+from ._magnitude import magnitude as magnitude
 from ._perp import LoRA as LoRA
 from ._perp import perp_init as perp_init
 from ._perp import perp_params as perp_params
 from ._programs import Program as Program
 from ._programs import anneal as anneal
 from ._programs import icbs_program as icbs_program
+from ._prune import prune as prune
 from ._reconstruct import Fitted as Fitted
 from ._reconstruct import reconstruct as reconstruct
 from ._reconstruct import refit as refit
+from ._report import Report as Report
+from ._report import Row as Row
+from ._solver import Group as Group
+from ._solver import Solution as Solution
+from ._solver import Solver as Solver
+from ._solver import layer_error as layer_error
+from ._sparsegpt import sparsegpt as sparsegpt

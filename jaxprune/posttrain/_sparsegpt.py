@@ -13,7 +13,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jaxprune import _select
 from jaxprune.posttrain import _hessian, _selection, _solver
 from jaxprune.posttrain._solver import Group, Solver
 from jaxprune.structures import NM, Structure

@@ -265,9 +265,7 @@ class _Cutter:
         if op.eqn is None or op.eqn.primitive.name != "scan":
             return []
         first = op.eqn.params["num_consts"] + op.eqn.params["num_carry"]
-        found = [
-            i for i, x in enumerate(op.ins) if i >= first and self.names(_just(x))
-        ]
+        found = [i for i, x in enumerate(op.ins) if i >= first and self.names(_just(x))]
         return found if op.eqn.params["length"] > 1 else []
 
     def iterations(self, op: _Op, layered: list[int], before: _Piece) -> list[_Piece]:
@@ -283,6 +281,8 @@ class _Cutter:
             for i, x in enumerate(op.ins)
             if i >= first and i not in layered
         }
+        paths = [self.leaves[sources[i][0]] for i in layered]
+        name = _common(paths)
         pieces = []
         order = range(params["length"])
         for layer in reversed(order) if params["reverse"] else order:
@@ -307,7 +307,6 @@ class _Cutter:
                 ops.append(_Op(None, (x,), (number,)))
                 ys = i >= len(carry)
                 writes[number] = Slot(op.outs[i], layer) if ys else Slot(carry[i])
-            name = self.names(_just(op.ins[layered[0]]))[0]
             ops = [o for o in ops if any(x in self.data for x in o.outs)]
             pieces.append(_Piece(f"{name}/{layer}", ops, leaves, reads, writes))
         after = [
@@ -380,7 +379,11 @@ class _Cutter:
             todo = [x]
             while todo:
                 x = todo[-1]
-                op = by_output.get(x) or self.made_by.get(x) if isinstance(x, int) else None
+                op = (
+                    by_output.get(x) or self.made_by.get(x)
+                    if isinstance(x, int)
+                    else None
+                )
                 if op is None or id(op) in found:
                     todo.pop()
                     continue
@@ -445,6 +448,16 @@ class _Cutter:
 
 def _just(x: Any) -> _Op:
     return _Op(None, (x,), ())
+
+
+def _common(paths: Sequence[str]) -> str:
+    """What all of these paths begin with."""
+    found = []
+    for parts in zip(*(path.split("/") for path in paths), strict=False):
+        if len(set(parts)) > 1:
+            break
+        found.append(parts[0])
+    return "/".join(found)
 
 
 def _described(eqn: Any) -> Any:
