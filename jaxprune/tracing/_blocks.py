@@ -1,6 +1,8 @@
 """Cuts a function into blocks that can be run one after the other."""
 
 import dataclasses
+import itertools
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -167,7 +169,7 @@ class _Cutter:
         inputs = numbers[len(paths) :]
         self.data |= set(inputs)
         ops, outs = self.inline(closed.jaxpr, closed.consts, numbers)
-        pieces = self.pieces(ops)
+        pieces = self.pieces(ops, outs)
         outs = [x if self.is_data(x) else self.rest(x, pieces[-1]) for x in outs]
         needed = set(outs)
         found = []
@@ -243,22 +245,44 @@ class _Cutter:
         found = dict.fromkeys(map(self.block_of, paths))
         return [name for name in found if name]
 
-    def pieces(self, ops: Sequence[_Op]) -> list[_Piece]:
+    def pieces(self, ops: Sequence[_Op], outs: Sequence[Any]) -> list[_Piece]:
+        ops = [op for op in ops if any(map(self.is_data, op.outs))]
+        alive = self.alive(ops, outs)
         pieces = [_Piece("", [], {}, {}, {})]
-        for op in ops:
-            if not any(x in self.data for x in op.outs):
-                continue
+        free = 0  # where a cut may be made: behind the last equation that reads a leaf
+        for i, op in enumerate(ops):
             if layered := self.layered(op):
                 pieces += self.iterations(op, layered, pieces[-1])
+                free = i + 1
                 continue
             names = self.names(op)
             if names and pieces[-1].name not in names:
                 if pieces[-1].name:
-                    pieces.append(_Piece(names[-1], [], {}, {}, {}))
+                    # In a transformer, where nothing but the residual stream is alive.
+                    cut = min(range(free, i + 1), key=lambda t: (alive[t], -t))
+                    old = pieces[-1].ops
+                    moved = old[len(old) - (i - cut) :] if cut < i else []
+                    del old[len(old) - len(moved) :]
+                    pieces.append(_Piece(names[-1], moved, {}, {}, {}))
                 else:  # what stands in front of a block belongs to it
                     pieces[-1] = pieces[-1]._replace(name=names[-1])
             pieces[-1].ops.append(op)
+            if self.sources(op.ins):
+                free = i + 1
         return [p for p in pieces if p.ops]
+
+    def alive(self, ops: Sequence[_Op], outs: Sequence[Any]) -> list[int]:
+        """Bytes that rest between one equation and the next, in front of each."""
+        made = {x: i for i, op in enumerate(ops) for x in op.outs}
+        last = {x: i for i, op in enumerate(ops) for x in op.ins if self.is_data(x)}
+        last |= {x: len(ops) for x in outs if self.is_data(x)}
+        change = [0] * (len(ops) + 2)
+        for x, i in last.items():
+            aval = self.avals[x]
+            nbytes = math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 4)
+            change[made.get(x, -1) + 1] += nbytes
+            change[i + 1] -= nbytes
+        return list(itertools.accumulate(change))
 
     def layered(self, op: _Op) -> list[int]:
         """Places of the operands of a scan that are layers of leaves."""
