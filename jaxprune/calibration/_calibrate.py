@@ -134,8 +134,8 @@ def calibrate(
     """
     names = _checked(statistics)
     steps: dict[Any, _Step] = {}
-    stats, pending, count = initial, None, 0
-    for count, batch in enumerate(batches, 1):
+    stats, pending, count = None, None, 0
+    for batch in batches:
         args = batch if isinstance(batch, tuple) else (batch,)
         key = _signature((params, args))
         if key not in steps:
@@ -143,19 +143,16 @@ def calibrate(
             trace = tracing.of_jaxpr(
                 closed, params, where=where, rules=rules, batch_axes=batch_axes
             )
-            steps[key] = _Step(closed, of_trace(trace, names), trace, token_weights)
-            first = steps[key].empty
+            step = steps[key] = _Step(closed, trace, names, token_weights, (params, args))
             if stats is None:
-                stats = first
-            else:
-                check_alike(first, stats, "initial" if count == 1 else "batches")
-        if stats is None:  # cannot be: the first batch has a step of its own
-            raise ValueError("batches: the first has no statistics")
-        stats, finite = steps[key](stats, params, args, donate=count > 1)
+                stats = step.first(initial)
+            check_alike(step.empty, stats, "batches" if count else "initial")
+        # Its own copy, from which nothing else is read: the step may write into it.
+        stats, finite = steps[key](stats, params, args)
         # Read a batch later, so that the device is never waited for.
-        _check_finite(pending, stats, count - 1)
-        pending = finite
-    if count == 0 or stats is None:
+        _check_finite(pending, stats, count)
+        pending, count = finite, count + 1
+    if stats is None:
         raise ValueError(
             "batches: there is none; expected an iterable of at least one tuple of "
             "arguments for fn. A generator that was used up gives nothing a second time."
@@ -196,23 +193,35 @@ class _Step:
     def __init__(
         self,
         closed: ClosedJaxpr,
-        empty: Statistics,
         trace: tracing.Trace,
+        statistics: Sequence[str],
         token_weights: Callable[..., Array] | None,
+        inputs: PyTree,
     ):
-        self.closed, self.empty, self.trace = closed, empty, trace
-        self.token_weights = token_weights
+        self.closed, self.trace, self.token_weights = closed, trace, token_weights
+        self.empty = jax.eval_shape(lambda: of_trace(trace, statistics))
         self.paths = [""] * len(trace.readings)
         for site in reversed(trace.sites):
             self.paths[site.activation] = site.path
-        self.step = jax.jit(self._step)
-        self.donating = jax.jit(self._step, donate_argnums=0)
+        # Where they are from the first batch to the last, so that one program does.
+        self.sharding = _everywhere(inputs)
+        shardings = jax.tree.map(lambda _: self.sharding, self.empty)
+        self.step = jax.jit(
+            self._step, donate_argnums=0, out_shardings=(shardings, self.sharding)
+        )
 
-    def __call__(self, stats, params, args, *, donate: bool):
+    def first(self, initial: Statistics | None) -> Statistics:
+        """What to go on from."""
+        if initial is None:
+            initial = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.empty)
+        else:
+            initial = jax.tree.map(jnp.copy, initial)
+        return jax.device_put(initial, self.sharding)
+
+    def __call__(self, stats, params, args):
         _, leaves, _ = _tree.flatten(params)
         operands = [x for x in leaves if not _tree.is_hole(x)] + jax.tree.leaves(args)
-        step = self.donating if donate else self.step
-        return step(stats, self.closed.consts, operands, args)
+        return self.step(stats, self.closed.consts, operands, args)
 
     def _step(self, stats, consts, operands, args):
         weights = self.token_weights(*args) if self.token_weights else None
@@ -228,6 +237,16 @@ class _Step:
         merged = tuple(map(merge_inputs, stats.inputs, inputs))
         finite = [_is_finite(x) for x in inputs]
         return dataclasses.replace(stats, inputs=merged), finite
+
+
+def _everywhere(inputs: PyTree) -> jax.sharding.Sharding | None:
+    """On every device that the inputs are bound to; `None` where they are free."""
+    for x in jax.tree.leaves(inputs):
+        if getattr(x, "committed", False):
+            named = isinstance(x.sharding, jax.sharding.NamedSharding)
+            mesh = x.sharding.mesh if named else None
+            return jax.sharding.NamedSharding(mesh, jax.P()) if mesh else x.sharding
+    return None
 
 
 def _is_finite(x: Inputs) -> Array:
