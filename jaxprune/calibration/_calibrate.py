@@ -143,7 +143,9 @@ def calibrate(
             trace = tracing.of_jaxpr(
                 closed, params, where=where, rules=rules, batch_axes=batch_axes
             )
-            step = steps[key] = _Step(closed, trace, names, token_weights, (params, args))
+            step = steps[key] = _Step(
+                closed, trace, names, token_weights, (params, args)
+            )
             if stats is None:
                 stats = step.first(initial)
             check_alike(step.empty, stats, "batches" if count else "initial")

@@ -150,7 +150,9 @@ def test_variance_does_not_cancel():
 def test_statistics_that_cannot_be_merged():
     a = calibration.init(model, PARAMS, BATCHES[0])
     grams = calibration.init(model, PARAMS, BATCHES[0], statistics=("gram",))
-    with pytest.raises(ValueError, match="b: it holds gram, and .* square. Pass the same"):
+    with pytest.raises(
+        ValueError, match="b: it holds gram, and .* square. Pass the same"
+    ):
         calibration.merge(a, grams)
     other = calibration.init(lambda p, x: x @ p["up"], PARAMS, BATCHES[0])
     with pytest.raises(ValueError, match="b: its sites are others .* first at down"):
@@ -171,7 +173,11 @@ def test_batches_that_use_parameters_differently():
     ("statistics", "error", "message"),
     [
         ("gram", TypeError, r"statistics: got the string 'gram'.*Pass \('gram',\)"),
-        (("norm",), ValueError, r"statistics: got \('norm',\); expected .* square, mean"),
+        (
+            ("norm",),
+            ValueError,
+            r"statistics: got \('norm',\); expected .* square, mean",
+        ),
         ((), ValueError, "statistics: got"),
     ],
     ids=["string", "unknown", "none"],
@@ -182,9 +188,13 @@ def test_statistics_that_do_not_exist(statistics, error, message):
 
 
 def test_batch_axes_that_do_not_fit():
-    with pytest.raises(ValueError, match="batch_axes: the pattern 'dwn' matches no leaf"):
+    with pytest.raises(
+        ValueError, match="batch_axes: the pattern 'dwn' matches no leaf"
+    ):
         calibration.plan(model, PARAMS, BATCHES[0], batch_axes={"dwn": 0})
-    with pytest.raises(ValueError, match=r"batch_axes: down has the shape .* no axis 2"):
+    with pytest.raises(
+        ValueError, match=r"batch_axes: down has the shape .* no axis 2"
+    ):
         calibration.plan(model, PARAMS, BATCHES[0], batch_axes={"down": 2})
 
 
@@ -228,9 +238,7 @@ def test_weights_that_fit_no_rows():
 def test_plan_says_what_is_held():
     plan = calibration.plan(model, PARAMS, BATCHES[0], statistics=("gram", "square"))
     assert plan.nbytes == {"up": 4 * (1 + 4 + 16), "down": 4 * (1 + 6 + 36)}
-    stats = calibration.init(
-        model, PARAMS, BATCHES[0], statistics=("gram", "square")
-    )
+    stats = calibration.init(model, PARAMS, BATCHES[0], statistics=("gram", "square"))
     assert plan.total == sum(x.nbytes for x in jax.tree.leaves(stats))
     twice = calibration.plan(
         lambda p, x: (x @ p["a"], x @ p["b"]),
@@ -257,7 +265,8 @@ def test_statistics_are_shared_between_all_readers_of_an_activation():
     def fn(p, x):
         # Each normalises, and casts, on its own.
         q, k, v = (
-            norm(x, p["s"]).astype(jnp.bfloat16) @ p[n].astype(jnp.bfloat16) for n in "qkv"
+            norm(x, p["s"]).astype(jnp.bfloat16) @ p[n].astype(jnp.bfloat16)
+            for n in "qkv"
         )
         return (q * k + v) @ p["o"].astype(jnp.bfloat16)
 

@@ -94,9 +94,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        q, k, v = (
-            nn.DenseGeneral((2, 4), dtype=self.dtype, name=n)(x) for n in "qkv"
-        )
+        q, k, v = (nn.DenseGeneral((2, 4), dtype=self.dtype, name=n)(x) for n in "qkv")
         h = jnp.tanh(q) * k + v
         self.sow("intermediates", "h", h)
         return nn.DenseGeneral(8, axis=(-2, -1), dtype=self.dtype, name="out")(h)
@@ -141,7 +139,10 @@ def test_linen_scan(remat):
     params = module.init(jax.random.key(0), X)
     w = params["params"]["layers"]["d"]["kernel"]
     stats = check(
-        jax.jit(module.apply), params, (X,), {"layers/d/kernel": [layers(jnp.tanh, w, X)]},
+        jax.jit(module.apply),
+        params,
+        (X,),
+        {"layers/d/kernel": [layers(jnp.tanh, w, X)]},
         statistics=ALL,
     )
     site = stats["layers/d/kernel"][0].site
@@ -169,7 +170,7 @@ def test_nnx_scan_and_split():
             return run(self.first(x), self.layers)
 
     graphdef, state = nnx.split(Stack(nnx.Rngs(0)))
-    pure = nnx.to_pure_dict(state)
+    pure = nnx.to_pure_{state}
     hooks = {
         "first/kernel": [[[X]]],
         "layers/kernel": [
@@ -268,12 +269,12 @@ def test_tied_embedding():
 @pytest.mark.parametrize(
     ("groups", "options"),
     [
-        (1, dict(window_strides=(2, 2), padding="SAME")),
-        (1, dict(window_strides=(1, 1), padding="VALID")),
-        (1, dict(window_strides=(1, 1), padding="SAME", rhs_dilation=(2, 2))),
-        (1, dict(window_strides=(1, 2), padding=((1, 0), (0, 2)), lhs_dilation=(1, 2))),
-        (4, dict(window_strides=(1, 1), padding="VALID")),
-        (8, dict(window_strides=(2, 1), padding="SAME")),
+        (1, {"window_strides": (2, 2), "padding": "SAME"}),
+        (1, {"window_strides": (1, 1), "padding": "VALID"}),
+        (1, {"window_strides": (1, 1), "padding": "SAME", "rhs_dilation": (2, 2)}),
+        (1, {"window_strides": (1, 2), "padding": ((1, 0), (0, 2)), "lhs_dilation": (1, 2)}),
+        (4, {"window_strides": (1, 1), "padding": "VALID"}),
+        (8, {"window_strides": (2, 1), "padding": "SAME"}),
     ],
     ids=["stride", "valid", "dilated", "transposed", "grouped", "depthwise"],
 )
@@ -409,9 +410,7 @@ def test_lora_beside_and_merged():
     hooks = {"w": [[[X]]], "a": [[[X]]], "b": [[[X @ p["a"]]]]}
     stats = check(lambda p, x: x @ p["w"] + x @ p["a"] @ p["b"], p, (X,), hooks)
     assert same_activation(stats, "w", "a")
-    stats = check(
-        lambda p, x: x @ (p["w"] + p["a"] @ p["b"]), p, (X,), {"w": [[[X]]]}
-    )
+    stats = check(lambda p, x: x @ (p["w"] + p["a"] @ p["b"]), p, (X,), {"w": [[[X]]]})
     assert stats["w"][0].site.wraps == ("add",)
     assert stats.untraced == {n: ("dot_general with another leaf",) for n in "ab"}
 
@@ -461,7 +460,7 @@ def test_stacked_and_concatenated_leaves():
     (xa,), (xb,) = layers(jnp.tanh, [p["a"], p["b"]], X)
     xc = jnp.tanh(xb @ p["b"])
     wide = jnp.concatenate([xc @ p["c"], xc @ p["d"]], 1)
-    rows = dict(a=xa, b=xb, c=xc, d=xc, e=wide[:, :8], f=wide[:, 8:])
+    rows = {"a": xa, "b": xb, "c": xc, "d": xc, "e": wide[:, :8], "f": wide[:, 8:]}
     stats = check(fn, p, (X,), {n: [[[x]]] for n, x in rows.items()})
     assert same_activation(stats, "c", "d") and same_activation(stats, "a", "b")
     np.testing.assert_array_equal(stats["e"][0].site.to_matrix(p["e"])[0, 0], p["e"].T)
