@@ -170,7 +170,7 @@ def test_nnx_scan_and_split():
             return run(self.first(x), self.layers)
 
     graphdef, state = nnx.split(Stack(nnx.Rngs(0)))
-    pure = nnx.to_pure_{state}
+    pure = nnx.to_pure_dict(state)
     hooks = {
         "first/kernel": [[[X]]],
         "layers/kernel": [
@@ -272,7 +272,14 @@ def test_tied_embedding():
         (1, {"window_strides": (2, 2), "padding": "SAME"}),
         (1, {"window_strides": (1, 1), "padding": "VALID"}),
         (1, {"window_strides": (1, 1), "padding": "SAME", "rhs_dilation": (2, 2)}),
-        (1, {"window_strides": (1, 2), "padding": ((1, 0), (0, 2)), "lhs_dilation": (1, 2)}),
+        (
+            1,
+            {
+                "window_strides": (1, 2),
+                "padding": ((1, 0), (0, 2)),
+                "lhs_dilation": (1, 2),
+            },
+        ),
         (4, {"window_strides": (1, 1), "padding": "VALID"}),
         (8, {"window_strides": (2, 1), "padding": "SAME"}),
     ],
@@ -412,7 +419,7 @@ def test_lora_beside_and_merged():
     assert same_activation(stats, "w", "a")
     stats = check(lambda p, x: x @ (p["w"] + p["a"] @ p["b"]), p, (X,), {"w": [[[X]]]})
     assert stats["w"][0].site.wraps == ("add",)
-    assert stats.untraced == {n: ("dot_general with another leaf",) for n in "ab"}
+    assert stats.untraced == dict.fromkeys("ab", ("dot_general with another leaf",))
 
 
 def test_elementwise_wraps():
