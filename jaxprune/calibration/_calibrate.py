@@ -86,6 +86,7 @@ def calibrate(
     statistics: Sequence[str] = ("square",),
     where: Where = None,
     token_weights: Callable[..., Array] | None = None,
+    empty_rows: str | Sequence[str] = (),
     batch_axes: BatchAxes | None = None,
     rules: Rules | None = None,
     initial: Statistics | None = None,
@@ -106,6 +107,9 @@ def calibrate(
       where: leaves, as in `jaxprune.prune`; by default all.
       token_weights: `token_weights(*args)` gives a weight for each token, 0 for padding.
         Its axes are the first axes of the rows of each product.
+      empty_rows: glob patterns of leaves for which rows of zeros are none: slots of an
+        expert that no token was sent to. Its count then is that of its tokens, and means
+        are over these. What shares an activation with such a leaf counts as it does.
       batch_axes: `{pattern: axes}`, contracted axes of leaves that are to count as batch
         axes; see `jaxprune.tracing.sites`.
       rules: for primitives of your own; see `jaxprune.tracing.sites`.
@@ -143,9 +147,9 @@ def calibrate(
             trace = tracing.of_jaxpr(
                 closed, params, where=where, rules=rules, batch_axes=batch_axes
             )
-            step = steps[key] = _Step(
-                closed, trace, names, token_weights, (params, args)
-            )
+            sparse = _matching(empty_rows, trace)
+            step = _Step(closed, trace, names, token_weights, sparse, (params, args))
+            steps[key] = step
             if stats is None:
                 stats = step.first(initial)
             check_alike(step.empty, stats, "batches" if count else "initial")
@@ -198,9 +202,11 @@ class _Step:
         trace: tracing.Trace,
         statistics: Sequence[str],
         token_weights: Callable[..., Array] | None,
+        sparse: frozenset[int],
         inputs: PyTree,
     ):
         self.closed, self.trace, self.token_weights = closed, trace, token_weights
+        self.sparse = sparse
         self.empty = jax.eval_shape(lambda: of_trace(trace, statistics))
         self.paths = [""] * len(trace.readings)
         for site in reversed(trace.sites):
@@ -228,7 +234,9 @@ class _Step:
     def _step(self, stats, consts, operands, args):
         weights = self.token_weights(*args) if self.token_weights else None
         taps = {
-            i: tap_of(r, path, stats.statistics, weights, merge_inputs)
+            i: tap_of(
+                r, path, stats.statistics, weights, i in self.sparse, merge_inputs
+            )
             for i, (r, path) in enumerate(
                 zip(self.trace.readings, self.paths, strict=True)
             )
@@ -270,6 +278,15 @@ def _check_finite(
             "infinite, or too large to be squared in float32). Look for it in the "
             "parameters and the batch; the first of these paths is the first in the model."
         )
+
+
+def _matching(patterns: str | Sequence[str], trace: tracing.Trace) -> frozenset[int]:
+    """Activations of the leaves that match."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    wanted: dict[str, bool] = dict.fromkeys(patterns, True)
+    _tree.check_patterns([s.path for s in trace.sites], wanted, name="empty_rows")
+    sites = [s for s in trace.sites if _tree.lookup(s.path, wanted)]
+    return frozenset(s.activation for s in sites)
 
 
 def _checked(statistics: Sequence[str]) -> tuple[str, ...]:

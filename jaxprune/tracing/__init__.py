@@ -1,5 +1,9 @@
 """Reading a function from its jaxpr: where a leaf is contracted, and running it anew."""
 
+from ._blocks import Block as Block
+from ._blocks import Blocks as Blocks
+from ._blocks import blocks as blocks
+from ._blocks import numbered as numbered
 from ._replay import Tap as Tap
 from ._replay import View as View
 from ._replay import replay as replay

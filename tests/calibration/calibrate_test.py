@@ -198,6 +198,13 @@ def test_batch_axes_that_do_not_fit():
         calibration.plan(model, PARAMS, BATCHES[0], batch_axes={"down": 2})
 
 
+def test_empty_rows_that_match_nothing():
+    with pytest.raises(
+        ValueError, match="empty_rows: the pattern 'exp' matches no leaf"
+    ):
+        calibration.calibrate(model, PARAMS, BATCHES, empty_rows="exp")
+
+
 def test_weights_of_tokens():
     x = jnp.stack(BATCHES[:4:2])  # [2, 5, 4]
     weights = jnp.arange(10.0).reshape(2, 5) % 3

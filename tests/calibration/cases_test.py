@@ -343,6 +343,21 @@ def test_experts_by_einsum():
     check(moe, p, (X,), hooks, batch_axes={"w2": 0})
 
 
+def test_empty_slots_of_experts_are_no_rows():
+    """Counts are those of the router; means are over the tokens that were routed."""
+    p = {"router": normal(8, 4), "w1": normal(4, 8, 6), "w2": normal(4, 6, 8)}
+    sent = np.asarray(jax.nn.softmax(X @ p["router"]) > 0.25)  # [tokens, experts]
+    stats = calibration.calibrate(
+        moe, p, [X], statistics=ALL, empty_rows="w1", where="w1"
+    )
+    ((site, inputs),) = stats["w1"]
+    assert site.path == "w1" and 0 < sent.sum() < sent.size
+    wanted = expected([[X[sent[:, e]] for e in range(4)]])
+    for a, b in zip(inputs, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert inputs.count[0].tolist() == sent.sum(0).tolist()
+
+
 def test_ragged_product():
     p = {"w1": normal(4, 8, 6), "w2": normal(4, 6, 8)}
     sizes = jnp.array([1, 2, 0, 1])  # and the last row is of no group
