@@ -595,6 +595,27 @@ def test_on_a_mesh(kind, layers_spec, heads_spec):
         assert inputs.gram.sharding.is_fully_replicated
 
 
+def test_an_explicit_mesh_that_arrays_bring_along():
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Explicit,))
+    x = normal(16, 8)
+    p = {"w": normal(8, 4)}
+    placed = jax.device_put(x, NamedSharding(mesh, P("data")))
+    w = jax.device_put(p["w"], NamedSharding(mesh, P()))
+    check(lambda p, x: x @ p["w"], {"w": w}, (placed,), {"w": [[[x]]]})
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float16, jnp.float8_e4m3fn], ids=str)
+def test_activations_of_other_types(dtype):
+    x = (X * 10).astype(dtype)
+    p = {"w": jnp.ones((8, 4), dtype)}
+
+    def fn(p, x):
+        return lax.dot(x, p["w"], preferred_element_type=jnp.float32)
+
+    wide = np.asarray(x.astype(jnp.float32))
+    check(fn, p, (x,), {"w": [[[wide]]]}, statistics=("square", "gram"))
+
+
 def test_sites_cost_no_run():
     def fn(p, x):
         return x @ p["w"]
