@@ -86,6 +86,7 @@ def calibrate(
     statistics: Sequence[str] = ("square",),
     where: Where = None,
     token_weights: Callable[..., Array] | None = None,
+    empty_rows: str | Sequence[str] = (),
     batch_axes: BatchAxes | None = None,
     rules: Rules | None = None,
     initial: Statistics | None = None,
@@ -106,6 +107,9 @@ def calibrate(
       where: leaves, as in `jaxprune.prune`; by default all.
       token_weights: `token_weights(*args)` gives a weight for each token, 0 for padding.
         Its axes are the first axes of the rows of each product.
+      empty_rows: glob patterns of leaves for which rows of zeros are none: slots of an
+        expert that no token was sent to. Its count then is that of its tokens, and means
+        are over these. What shares an activation with such a leaf counts as it does.
       batch_axes: `{pattern: axes}`, contracted axes of leaves that are to count as batch
         axes; see `jaxprune.tracing.sites`.
       rules: for primitives of your own; see `jaxprune.tracing.sites`.
@@ -134,8 +138,8 @@ def calibrate(
     """
     names = _checked(statistics)
     steps: dict[Any, _Step] = {}
-    stats, pending, count = initial, None, 0
-    for count, batch in enumerate(batches, 1):
+    stats, pending, count = None, None, 0
+    for batch in batches:
         args = batch if isinstance(batch, tuple) else (batch,)
         key = _signature((params, args))
         if key not in steps:
@@ -143,19 +147,18 @@ def calibrate(
             trace = tracing.of_jaxpr(
                 closed, params, where=where, rules=rules, batch_axes=batch_axes
             )
-            steps[key] = _Step(closed, of_trace(trace, names), trace, token_weights)
-            first = steps[key].empty
+            sparse = _matching(empty_rows, trace)
+            step = _Step(closed, trace, names, token_weights, sparse, (params, args))
+            steps[key] = step
             if stats is None:
-                stats = first
-            else:
-                check_alike(first, stats, "initial" if count == 1 else "batches")
-        if stats is None:  # cannot be: the first batch has a step of its own
-            raise ValueError("batches: the first has no statistics")
-        stats, finite = steps[key](stats, params, args, donate=count > 1)
+                stats = step.first(initial)
+            check_alike(step.empty, stats, "batches" if count else "initial")
+        # Its own copy, from which nothing else is read: the step may write into it.
+        stats, finite = steps[key](stats, params, args)
         # Read a batch later, so that the device is never waited for.
-        _check_finite(pending, stats, count - 1)
-        pending = finite
-    if count == 0 or stats is None:
+        _check_finite(pending, stats, count)
+        pending, count = finite, count + 1
+    if stats is None:
         raise ValueError(
             "batches: there is none; expected an iterable of at least one tuple of "
             "arguments for fn. A generator that was used up gives nothing a second time."
@@ -196,28 +199,44 @@ class _Step:
     def __init__(
         self,
         closed: ClosedJaxpr,
-        empty: Statistics,
         trace: tracing.Trace,
+        statistics: Sequence[str],
         token_weights: Callable[..., Array] | None,
+        sparse: frozenset[int],
+        inputs: PyTree,
     ):
-        self.closed, self.empty, self.trace = closed, empty, trace
-        self.token_weights = token_weights
+        self.closed, self.trace, self.token_weights = closed, trace, token_weights
+        self.sparse = sparse
+        self.empty = jax.eval_shape(lambda: of_trace(trace, statistics))
         self.paths = [""] * len(trace.readings)
         for site in reversed(trace.sites):
             self.paths[site.activation] = site.path
-        self.step = jax.jit(self._step)
-        self.donating = jax.jit(self._step, donate_argnums=0)
+        # Where they are from the first batch to the last, so that one program does.
+        self.sharding = _everywhere(inputs)
+        shardings = jax.tree.map(lambda _: self.sharding, self.empty)
+        self.step = jax.jit(
+            self._step, donate_argnums=0, out_shardings=(shardings, self.sharding)
+        )
 
-    def __call__(self, stats, params, args, *, donate: bool):
+    def first(self, initial: Statistics | None) -> Statistics:
+        """What to go on from."""
+        if initial is None:
+            initial = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.empty)
+        else:
+            initial = jax.tree.map(jnp.copy, initial)
+        return jax.device_put(initial, self.sharding)
+
+    def __call__(self, stats, params, args):
         _, leaves, _ = _tree.flatten(params)
         operands = [x for x in leaves if not _tree.is_hole(x)] + jax.tree.leaves(args)
-        step = self.donating if donate else self.step
-        return step(stats, self.closed.consts, operands, args)
+        return self.step(stats, self.closed.consts, operands, args)
 
     def _step(self, stats, consts, operands, args):
         weights = self.token_weights(*args) if self.token_weights else None
         taps = {
-            i: tap_of(r, path, stats.statistics, weights, merge_inputs)
+            i: tap_of(
+                r, path, stats.statistics, weights, i in self.sparse, merge_inputs
+            )
             for i, (r, path) in enumerate(
                 zip(self.trace.readings, self.paths, strict=True)
             )
@@ -228,6 +247,16 @@ class _Step:
         merged = tuple(map(merge_inputs, stats.inputs, inputs))
         finite = [_is_finite(x) for x in inputs]
         return dataclasses.replace(stats, inputs=merged), finite
+
+
+def _everywhere(inputs: PyTree) -> jax.sharding.Sharding | None:
+    """On every device that the inputs are bound to; `None` where they are free."""
+    for x in jax.tree.leaves(inputs):
+        if getattr(x, "committed", False):
+            named = isinstance(x.sharding, jax.sharding.NamedSharding)
+            mesh = x.sharding.mesh if named else None
+            return jax.sharding.NamedSharding(mesh, jax.P()) if mesh else x.sharding
+    return None
 
 
 def _is_finite(x: Inputs) -> Array:
@@ -249,6 +278,15 @@ def _check_finite(
             "infinite, or too large to be squared in float32). Look for it in the "
             "parameters and the batch; the first of these paths is the first in the model."
         )
+
+
+def _matching(patterns: str | Sequence[str], trace: tracing.Trace) -> frozenset[int]:
+    """Activations of the leaves that match."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    wanted: dict[str, bool] = dict.fromkeys(patterns, True)
+    _tree.check_patterns([s.path for s in trace.sites], wanted, name="empty_rows")
+    sites = [s for s in trace.sites if _tree.lookup(s.path, wanted)]
+    return frozenset(s.activation for s in sites)
 
 
 def _checked(statistics: Sequence[str]) -> tuple[str, ...]:

@@ -61,7 +61,9 @@ def moments(
     statistics: Sequence[str],
 ) -> Inputs:
     """Moments of rows, each with a weight; float32, products of bfloat16 exactly so."""
-    batch, n, k = rows.shape
+    batch, n, _ = rows.shape
+    if rows.dtype not in (jnp.bfloat16, jnp.float16):
+        rows = rows.astype(jnp.float32)
     if weights is None:
         count = jnp.full((batch,), n, jnp.float32)
         weights = jnp.ones((1, n), jnp.float32)

@@ -21,14 +21,24 @@ def tap_of(
     path: str,
     statistics: Sequence[str],
     weights: Array | None,
+    sparse: bool,
     merge: Merge,
 ) -> Tap:
-    """Reads the moments of an activation where a leaf meets it."""
+    """Reads the moments of an activation where a leaf meets it.
+
+    Args:
+      reading: the activation.
+      path: of the leaf, for messages.
+      statistics: which moments.
+      weights: of tokens, or none.
+      sparse: whether rows of zeros are no rows.
+      merge: of moments.
+    """
     lengths = [length for _, _, length in reading.indices]
 
     def read(eqn, operands, indices):
         def state(operands, indices, weights):
-            found = _moments(eqn, operands, reading, path, statistics, weights)
+            found = _moments(eqn, operands, reading, path, statistics, weights, sparse)
             for index, length in reversed(list(zip(indices, lengths, strict=True))):
                 found = _at(found, index, length)
             return found
@@ -73,7 +83,9 @@ def _at(found: Inputs, index: Array, length: int) -> Inputs:
     return jax.tree.map(put, found)
 
 
-def _moments(eqn, operands, reading: Reading, path, statistics, weights) -> Inputs:
+def _moments(
+    eqn, operands, reading: Reading, path, statistics, weights, sparse
+) -> Inputs:
     name = eqn.primitive.name
     if name == "conv_general_dilated":
         rows, free = _windows(operands[0], eqn, reading)
@@ -82,6 +94,9 @@ def _moments(eqn, operands, reading: Reading, path, statistics, weights) -> Inpu
     else:
         rows, free = _rows(operands[reading.operand], reading)
     spread = None if weights is None else _spread(weights, free, path)
+    if sparse:
+        filled = jnp.any(rows != 0, axis=2)
+        spread = filled if spread is None else jnp.where(filled, spread, 0)
     return moments(rows, spread, statistics)
 
 

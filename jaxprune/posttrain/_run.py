@@ -53,14 +53,7 @@ class Run:
 
     def leaves(self, block: Block) -> tuple[Array, ...]:
         """What a block reads of the parameters."""
-        return tuple(
-            self.weights[x.path] if x.layer is None else self.weights[x.path][x.layer]
-            for x in block.leaves
-        )
-
-    def reads(self, block: Block, values: Values) -> tuple[Any, ...]:
-        """What a block reads besides."""
-        return tuple(_value(values, slot) for slot in block.reads)
+        return tracing.take(block, self.weights)
 
     def calibrate(
         self,
@@ -79,7 +72,7 @@ class Run:
 
         options = {"where": where, "batch_axes": batch_axes, "rules": rules}
         if not self.statistics:
-            reads = self.reads(block, self.values[0])
+            reads = tracing.reads(block, self.values[0])
             trace = tracing.sites(block.fn, own, *reads, **options)
             return of_trace(trace, ())
 
@@ -88,7 +81,7 @@ class Run:
             return block.fn(own, *reads)
 
         batches = (
-            (None if tokens is None else tokens[i], *self.reads(block, values))
+            (None if tokens is None else tokens[i], *tracing.reads(block, values))
             for i, values in enumerate(self.values)
         )
         return calibrate(
@@ -103,7 +96,7 @@ class Run:
         if self.statistics:
             program = self.programs.setdefault(id(block.fn), jax.jit(block.fn))
         for values in self.values:
-            reads = self.reads(block, values)
+            reads = tracing.reads(block, values)
             found = program(own, *reads)
             values |= zip(block.writes, found, strict=True)
             for slot in [
@@ -141,17 +134,3 @@ def _put(whole: Array, x: Array, layer: int) -> Array:
 
 
 _put_donated = jax.jit(lambda whole, x, layer: whole.at[layer].set(x), donate_argnums=0)
-
-
-def _value(values: Values, slot: Slot) -> Any:
-    if slot in values:
-        return values[slot]
-    if slot.layer is not None:
-        whole = values[Slot(slot.number)]
-        if isinstance(whole, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(whole.shape[1:], whole.dtype)
-        return whole[slot.layer]
-    layers = [values[s] for s in sorted(s for s in values if s.number == slot.number)]
-    if isinstance(layers[0], jax.ShapeDtypeStruct):
-        return jax.eval_shape(lambda: jnp.stack(layers))
-    return jnp.stack(layers)

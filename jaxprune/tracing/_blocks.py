@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from jaxprune import _tree
 from jaxprune._tree import PyTree
-from jaxprune.tracing._replay import _bind as bind
+from jaxprune.tracing._replay import bind
 from jaxprune.tracing._walk import CALLS, jaxpr_of
 
 BlockOf = Callable[[str], str | None]
@@ -79,19 +79,64 @@ class Blocks:
     inputs: tuple[Slot, ...]
     outputs: tuple[Slot, ...]
 
+    @property
+    def until(self) -> dict[int, int]:
+        """Behind which block each value is read for the last time, by its number."""
+        return {s.number: i for i, block in enumerate(self.blocks) for s in block.reads}
+
+
+def take(block: Block, weights: Mapping[str, Array]) -> tuple[Array, ...]:
+    """The leaves of a block, from weights by path."""
+    return tuple(
+        weights[x.path] if x.layer is None else weights[x.path][x.layer]
+        for x in block.leaves
+    )
+
+
+def reads(block: Block, values: Mapping[Slot, Any]) -> tuple[Any, ...]:
+    """What a block reads of the values that rest: arrays, or shapes of them."""
+    return tuple(value_of(slot, values) for slot in block.reads)
+
+
+def value_of(slot: Slot, values: Mapping[Slot, Any]) -> Any:
+    """What rests in a slot, where layers may lie in one array or each by itself."""
+    if slot in values:
+        return values[slot]
+    if slot.layer is not None:
+        whole, layer = values[Slot(slot.number)], slot.layer
+        return _either(lambda x: x[layer], whole)
+    layers = sorted(s for s in values if s.number == slot.number)
+    return _either(lambda *xs: jnp.stack(xs), *(values[s] for s in layers))
+
+
+def _either(f: Callable[..., Any], *xs: Any) -> Any:
+    shapes = isinstance(xs[0], jax.ShapeDtypeStruct)
+    return jax.eval_shape(f, *xs) if shapes else f(*xs)
+
 
 def block_of(path: str) -> str:
     """The block that a leaf belongs to: the shortest part of its path with a number.
 
-    Without one it is what holds the leaf.
+    Without one it is what holds the leaf, or the leaf itself.
 
     Example:
       >>> from jaxprune import tracing
       >>> tracing.block_of("decoder/layers/3/mlp/up/kernel"), tracing.block_of("head/kernel")
       ('decoder/layers/3', 'head')
     """
+    return numbered(path) or path.rpartition("/")[0] or path
+
+
+def numbered(path: str) -> str | None:
+    """The shortest part of a path with a number, or `None`.
+
+    Example:
+      >>> from jaxprune import tracing
+      >>> tracing.numbered("layers/3/mlp/up/kernel"), tracing.numbered("head/kernel")
+      ('layers/3', None)
+    """
     found = _NUMBERED.match(path)
-    return found.group() if found else path.rpartition("/")[0]
+    return found.group() if found else None
 
 
 def blocks(
@@ -249,7 +294,7 @@ class _Cutter:
         ops = [op for op in ops if any(map(self.is_data, op.outs))]
         alive = self.alive(ops, outs)
         pieces = [_Piece("", [], {}, {}, {})]
-        free = 0  # where a cut may be made: behind the last equation that reads a leaf
+        free = begin = 0  # a cut may be made behind the last equation that reads a leaf
         for i, op in enumerate(ops):
             if layered := self.layered(op):
                 pieces += self.iterations(op, layered, pieces[-1])
@@ -257,18 +302,18 @@ class _Cutter:
                 continue
             names = self.names(op)
             if names and pieces[-1].name not in names:
-                if pieces[-1].name:
-                    # In a transformer, where nothing but the residual stream is alive.
-                    cut = min(range(free, i + 1), key=lambda t: (alive[t], -t))
-                    old = pieces[-1].ops
-                    moved = old[len(old) - (i - cut) :] if cut < i else []
-                    del old[len(old) - len(moved) :]
-                    pieces.append(_Piece(names[-1], moved, {}, {}, {}))
-                else:  # what stands in front of a block belongs to it
-                    pieces[-1] = pieces[-1]._replace(name=names[-1])
+                # In a transformer, where nothing but the residual stream is alive.
+                begin = min(range(free, i + 1), key=lambda t: (alive[t], -t))
+                moved = _take_last(pieces[-1].ops, i - begin)
+                pieces.append(_Piece(names[-1], moved, {}, {}, {}))
             pieces[-1].ops.append(op)
             if self.sources(op.ins):
                 free = i + 1
+        # The last block ends where no more is alive than in front of it.
+        cuts = (t for t in range(free, len(ops)) if alive[t] <= alive[begin])
+        if pieces[-1].name and (cut := next(cuts, None)) is not None:
+            last = _take_last(pieces[-1].ops, len(ops) - cut)
+            pieces.append(_Piece("", last, {}, {}, {}))
         return [p for p in pieces if p.ops]
 
     def alive(self, ops: Sequence[_Op], outs: Sequence[Any]) -> list[int]:
@@ -468,6 +513,13 @@ class _Cutter:
             return tuple(read(x) for x in writes)
 
         return self.programs.setdefault(key, fn)
+
+
+def _take_last(ops: list[_Op], count: int) -> list[_Op]:
+    """Removes the last equations, and gives them."""
+    found = ops[len(ops) - count :]
+    del ops[len(ops) - count :]
+    return found
 
 
 def _just(x: Any) -> _Op:

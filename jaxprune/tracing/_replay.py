@@ -179,10 +179,10 @@ class _Replay:
             self.kept[place] = operands
         if taps and all(t.place == place for t in taps.values()):
             states = {k: self.state(t, eqn, operands) for k, t in taps.items()}
-            return _bind(eqn, operands), states
+            return bind(eqn, operands), states
         viewed = any(isinstance(x, View) for x in operands)
         if not viewed and not taps:
-            return _bind(eqn, operands), {}
+            return bind(eqn, operands), {}
         if name in _PLAIN_CALLS or (taps and name in CALLS):
             inner, consts = jaxpr_of(params)
             return self(inner, consts, operands, place)
@@ -231,7 +231,7 @@ class _Replay:
             product = self.product(eqn, *operands)
             if product is not None:
                 return [product]
-        return _bind(eqn, self.arrays(operands, name))
+        return bind(eqn, self.arrays(operands, name))
 
     def arrays(self, operands: Sequence[Any], name: str) -> list[Any]:
         """The operands, with arrays in place of views."""
@@ -349,7 +349,8 @@ def _without_first(view: View) -> View:
     return dataclasses.replace(view, axes=axes, stacked=view.stacked - 1)
 
 
-def _bind(eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:
+def bind(eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:
+    """Evaluates an equation."""
     params = eqn.primitive.get_bind_params(eqn.params)
     with eqn.ctx.manager:
         found = eqn.primitive.bind(*operands, **params)

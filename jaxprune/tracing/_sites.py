@@ -4,7 +4,6 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -146,7 +145,7 @@ class Site:
           [[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]]
         """
         digits = self._digits(leaf)
-        part = jnp.reshape(leaf, digits.shape)[digits.slices]
+        part = jnp.asarray(leaf).reshape(digits.shape)[digits.slices]
         rest = [i for i in range(part.ndim) if i not in digits.order]
         return part.transpose(*digits.order, *rest).reshape(self.matrix)
 
@@ -174,7 +173,7 @@ class Site:
         part = part.astype(leaf.dtype)
         if self.whole:
             return part.reshape(self.shape)
-        cut = jnp.reshape(leaf, digits.shape)
+        cut = jnp.asarray(leaf).reshape(digits.shape)
         return cut.at[digits.slices].set(part).reshape(self.shape)
 
     def _digits(self, leaf: Any) -> _layout.Digits:
@@ -232,8 +231,3 @@ class Reading(NamedTuple):
         """Leading axes of the statistics: stacked loops, then computed indices."""
         loops = [x.length for x in self.loops if x.sliced and x.length is not None]
         return (*loops, *(length for _, _, length in self.indices))
-
-
-def spelled(shape: Any) -> str:
-    """A shape with its dtype, for messages."""
-    return jax.typeof(shape).str_short() if hasattr(shape, "dtype") else str(shape)

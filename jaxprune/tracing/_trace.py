@@ -9,7 +9,7 @@ from jax.extend.core import ClosedJaxpr
 
 from jaxprune import _tree
 from jaxprune._tree import PyTree, Where
-from jaxprune.tracing import _layout, _walk
+from jaxprune.tracing import _layout, _moves, _walk
 from jaxprune.tracing._sites import Reading, Site
 
 
@@ -99,7 +99,7 @@ def of_jaxpr(
     values = []
     for path, leaf, yes in found:
         shape = tuple(leaf.shape) if hasattr(leaf, "shape") else ()
-        parts = (_walk.Part(path, shape, _layout.row_major(shape)),) if yes else ()
+        parts = (_moves.Part(path, shape, _layout.row_major(shape)),) if yes else ()
         values.append(_walk.Value(walk.fresh(), False, parts))
     rest = len(closed.jaxpr.invars) - len(values)
     values += [_walk.Value(walk.fresh(), True) for _ in range(rest)]

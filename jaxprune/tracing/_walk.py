@@ -7,25 +7,14 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from jaxprune.tracing import _layout
-from jaxprune.tracing._layout import Atoms, Dim
+from jaxprune.tracing import _layout, _moves
+from jaxprune.tracing._layout import Atoms
+from jaxprune.tracing._moves import Part, Place
 from jaxprune.tracing._sites import Loop, Reading, Site
-
-Place = tuple[int, ...]
 
 CALLS = frozenset(
     "jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call "
     "custom_vjp_call custom_vjp_call_jaxpr".split()
-)
-_AS_THEY_ARE = frozenset(
-    "copy copy_p optimization_barrier sharding_constraint reshard mesh_cast name "
-    "convert_element_type reduce_precision device_put pvary".split()
-)
-_ELEMENTWISE = frozenset(
-    "add sub mul div rem neg abs sign max min pow integer_pow square sqrt rsqrt cbrt "
-    "exp exp2 log log1p expm1 tanh logistic erf floor ceil round clamp select_n not "
-    "and or xor eq ne lt le gt ge is_finite shift_left shift_right_logical "
-    "shift_right_arithmetic stop_gradient add_any nextafter bitcast_convert_type".split()
 )
 
 
@@ -51,21 +40,6 @@ class Contraction(NamedTuple):
 
 Rule = Callable[..., Sequence[Contraction]]
 """`rule(params, *operands)`: parameters of the equation, then shapes of its operands."""
-
-
-class Part(NamedTuple):
-    """What a value shows of a leaf."""
-
-    path: str
-    shape: tuple[int, ...]
-    dims: tuple[Dim, ...]
-    offset: int = 0
-    stack: Atoms = ()
-    sliced: tuple[tuple[Place, tuple[int, int] | None], ...] = ()
-    indices: tuple[tuple[Place, int, int], ...] = ()
-    indexed: Atoms = ()
-    picked: tuple[tuple[int, int] | None, ...] = ()
-    wraps: tuple[str, ...] = ()
 
 
 class Value(NamedTuple):
@@ -185,105 +159,10 @@ class Walk:
         if name == "ragged_dot_general":
             self._ragged(eqn, values, scope)
             return found
-        if name in _AS_THEY_ARE and len(values) == len(found):
-            return [
-                f._replace(parts=v.parts) for f, v in zip(found, values, strict=True)
-            ]
-        if name in _ELEMENTWISE:
-            return self._elementwise(eqn, values, found)
-        if name in ("concatenate", "stack"):
-            return self._concatenate(eqn, values, found)
-        if name in ("split", "unstack"):
-            return self._split(eqn, values, found)
-        if name == "dynamic_slice":
-            return self._dynamic_slice(eqn, values, found, scope)
-        if name in _MOVES and values[0].parts:
-            moved = [_MOVES[name](eqn, part) for part in values[0].parts]
-            if not any(part is None for part in moved):
-                kept = tuple(p for p in moved if p is not None and _size(p))
-                return [found[0]._replace(parts=kept)]
-        self.note(parts, name)
-        return found
-
-    # ---- where leaves are moved
-
-    def _elementwise(self, eqn, values, found):
-        shape = eqn.outvars[0].aval.shape
-        name = eqn.primitive.name
-        if any(v.data for v in values):
-            reason = f"{name} with an activation"
-            self.note([p for v in values for p in v.parts], reason)
-            return found
-        merged: dict[Any, Part] = {}
-        for value, x in zip(values, eqn.invars, strict=True):
-            if value.parts and x.aval.shape != shape:
-                self.note(value.parts, name)
-                continue
-            for part in value.parts:
-                key = part._replace(wraps=())
-                wraps = merged[key].wraps if key in merged else ()
-                wraps += tuple(w for w in part.wraps if w not in wraps)
-                merged[key] = part._replace(wraps=wraps)
-        parts = [p._replace(wraps=(*p.wraps, name)) for p in merged.values()]
-        return [found[0]._replace(parts=tuple(parts))]
-
-    def _concatenate(self, eqn, values, found):
-        stacks = eqn.primitive.name == "stack"
-        axis = eqn.params["axis" if stacks else "dimension"]
-        total = eqn.outvars[0].aval.shape[axis]
-        start, parts = 0, []
-        for value, x in zip(values, eqn.invars, strict=True):
-            for part in value.parts:
-                dims = list(part.dims)
-                if stacks:
-                    dims.insert(axis, Dim((), 0, 1))
-                dims[axis] = Dim(dims[axis].atoms, dims[axis].start + start, total)
-                parts.append(part._replace(dims=tuple(dims)))
-            start += 1 if stacks else x.aval.shape[axis]
-        if any(v.data for v in values):
-            name = eqn.primitive.name
-            self.note(parts, f"{name} with an activation")
-            return found
-        return [found[0]._replace(parts=tuple(parts))]
-
-    def _split(self, eqn, values, found):
-        axis, start, out = eqn.params["axis"], 0, []
-        unstacks = eqn.primitive.name == "unstack"
-        sizes = [1] * len(found) if unstacks else map(int, eqn.params["sizes"])
-        for value, count in zip(found, sizes, strict=True):
-            moved = [_slice_axis(p, axis, start, count) for p in values[0].parts]
-            if any(p is None for p in moved):
-                self.note(values[0].parts, eqn.primitive.name)
-                return found
-            kept = [p for p in moved if p is not None and _size(p)]
-            if unstacks:
-                kept = [
-                    p._replace(dims=(*p.dims[:axis], *p.dims[axis + 1 :])) for p in kept
-                ]
-            out.append(value._replace(parts=tuple(kept)))
-            start += count
-        return out
-
-    def _dynamic_slice(self, eqn, values, found, scope):
-        sizes, moved = eqn.params["slice_sizes"], []
-        for part in values[0].parts:
-            for axis, count in enumerate(sizes):
-                start = eqn.invars[1 + axis]
-                dim = part.dims[axis]
-                if count == dim.total:
-                    continue
-                if isinstance(start, Literal):
-                    at = min(max(int(start.val), 0), dim.total - count)
-                    part = _slice_axis(part, axis, at, count)
-                elif count == 1:
-                    part = _indexed(part, axis, (scope.place, 1 + axis, dim.total))
-                else:
-                    part = None
-                if part is None:
-                    self.note(values[0].parts, "dynamic_slice")
-                    return found
-            moved.append(part)
-        return [found[0]._replace(parts=tuple(p for p in moved if _size(p)))]
+        operands = [v.parts for v in values]
+        moved = _moves.move(eqn, operands, [v.data for v in values], scope.place)
+        self.note(moved.lost, moved.reason)
+        return [f._replace(parts=p) for f, p in zip(found, moved.parts, strict=True)]
 
     # ---- where the jaxpr has jaxprs in it
 
@@ -300,7 +179,7 @@ class Walk:
             if i < second:
                 self.note(value.parts, "the carry of a scan")
             else:
-                parts = [_scanned(p, scope.place) for p in value.parts]
+                parts = [_moves.scanned(p, scope.place) for p in value.parts]
             data = value.data or i < second
             inputs.append(Value(self.fresh(), data, tuple(parts)))
         loop = Loop(scope.place, length, False)
@@ -513,82 +392,9 @@ class Walk:
         self.sites.append(site)
 
 
-def _size(part: Part) -> int:
-    return math.prod(d.size for d in part.dims)
-
-
 def _within(atom: tuple[int, int], axes: set[Atoms]) -> bool:
     n, stride = atom
     return any(s <= stride and n * stride <= s * size for ((size, s),) in axes if size)
-
-
-def _slice_axis(part: Part, axis: int, start: int, count: int, step: int = 1):
-    found = _layout.take(part.dims[axis], start, count, step)
-    if found is None:
-        return None
-    dims = (*part.dims[:axis], found[0], *part.dims[axis + 1 :])
-    return part._replace(dims=dims, offset=part.offset + found[1])
-
-
-def _window(dim: Dim) -> tuple[int, int] | None:
-    return None if dim.whole else (dim.start, dim.size)
-
-
-def _indexed(part: Part, axis: int, index: tuple[Place, int, int]) -> Part:
-    """One of an axis, which one is computed."""
-    dim = part.dims[axis]
-    return part._replace(
-        dims=(*part.dims[:axis], Dim((), 0, 1), *part.dims[axis + 1 :]),
-        indices=(*part.indices, index),
-        indexed=(*part.indexed, *dim.atoms),
-        picked=(*part.picked, _window(dim)),
-    )
-
-
-def _scanned(part: Part, place: Place) -> Part:
-    """One of the first axis, another in each iteration."""
-    first = part.dims[0]
-    return part._replace(
-        dims=part.dims[1:],
-        stack=(*part.stack, *first.atoms),
-        sliced=(*part.sliced, (place, _window(first))),
-    )
-
-
-def _transpose(eqn: Any, part: Part) -> Part | None:
-    order = eqn.params["permutation"]
-    return part._replace(dims=tuple(part.dims[i] for i in order))
-
-
-def _reshape(eqn: Any, part: Part) -> Part | None:
-    before, after = eqn.invars[0].aval, eqn.outvars[0].aval
-    permutes = eqn.primitive.name == "reshape" and eqn.params["dimensions"] is not None
-    if permutes or before.size != after.size:
-        return None
-    dims = _layout.reshape(part.dims, after.shape)
-    return None if dims is None else part._replace(dims=dims)
-
-
-def _slice(eqn: Any, part: Part) -> Part | None:
-    params = eqn.params
-    steps = params["strides"] or [1] * len(part.dims)
-    starts, limits = params["start_indices"], params["limit_indices"]
-    moved: Part | None = part
-    for axis, (a, b, step) in enumerate(zip(starts, limits, steps, strict=True)):
-        if moved is None:
-            return None
-        moved = _slice_axis(moved, axis, a, -(-(b - a) // step), step)
-    return moved
-
-
-_MOVES: dict[str, Callable[[Any, Part], Part | None]] = {
-    "transpose": _transpose,
-    "reshape": _reshape,
-    "squeeze": _reshape,
-    "expand_dims": _reshape,
-    "broadcast_in_dim": _reshape,
-    "slice": _slice,
-}
 
 
 def jaxpr_of(params: Mapping[str, Any]) -> tuple[Jaxpr, Sequence[Any]]:

@@ -9,7 +9,7 @@ from flax import nnx
 from jax import lax
 
 from jaxprune import _tree, tracing
-from jaxprune.tracing import Leaf, Slot
+from jaxprune.tracing import Leaf
 
 
 def run(found, params, args):
@@ -18,22 +18,11 @@ def run(found, params, args):
     weights = dict(zip(paths, leaves, strict=True))
     values = dict(zip(found.inputs, jax.tree.leaves(args), strict=True))
 
-    def value(slot):
-        if slot in values:
-            return values[slot]
-        if slot.layer is not None:
-            return values[Slot(slot.number)][slot.layer]
-        layers = sorted(s for s in values if s.number == slot.number)
-        return jnp.stack([values[s] for s in layers])
-
     for block in found.blocks:
-        own = tuple(
-            weights[x.path] if x.layer is None else weights[x.path][x.layer]
-            for x in block.leaves
-        )
-        out = jax.jit(block.fn)(own, *map(value, block.reads))
+        own = tracing.take(block, weights)
+        out = jax.jit(block.fn)(own, *tracing.reads(block, values))
         values |= zip(block.writes, out, strict=True)
-    return [value(s) for s in found.outputs]
+    return [tracing.value_of(s, values) for s in found.outputs]
 
 
 def check(fn, params, *args, **options):
@@ -178,7 +167,7 @@ def test_constants_are_part_of_what_a_block_does():
 
     def fn(params, x):
         for w, table in zip(params["layers"], tables, strict=True):
-            x = (x + table) @ w
+            x = (x @ w) * table
         return x
 
     blocks = check(fn, {"layers": [make(4, 4, seed=i) for i in range(3)]}, make(2, 4))
@@ -198,6 +187,6 @@ def test_names_of_blocks():
         "encoder/layers/3/mlp/up/kernel": "encoder/layers/3",
         "layer_12/attn/query/kernel": "layer_12",
         "head/kernel": "head",
-        "kernel": "",
+        "kernel": "kernel",
     }
     assert {path: tracing.block_of(path) for path in names} == names
