@@ -136,9 +136,35 @@ def calibrate(
       Means are over tokens. The authors of Wanda and SparseGPT average over sequences,
       which is the same for sequences of one length, up to a factor.
     """
+    return collect(
+        fn, params, batches, {},
+        statistics=statistics, where=where, token_weights=token_weights,
+        empty_rows=empty_rows, batch_axes=batch_axes, rules=rules, initial=initial,
+    )  # fmt: skip
+
+
+def collect(
+    fn: Callable[..., Any],
+    params: PyTree,
+    batches: Iterable[Any],
+    steps: dict[Any, "_Step"],
+    *,
+    statistics: Sequence[str],
+    where: Where = None,
+    token_weights: Callable[..., Array] | None = None,
+    empty_rows: str | Sequence[str] = (),
+    batch_axes: BatchAxes | None = None,
+    rules: Rules | None = None,
+    initial: Statistics | None = None,
+    name_of: Callable[[str], str] = str,
+) -> Statistics:
+    """As `calibrate`; `steps` holds what is compiled, for another call with the same `fn`.
+
+    `name_of` gives what a leaf is called in messages.
+    """
     names = _checked(statistics)
-    steps: dict[Any, _Step] = {}
     stats, pending, count = None, None, 0
+    seen = set()
     for batch in batches:
         args = batch if isinstance(batch, tuple) else (batch,)
         key = _signature((params, args))
@@ -150,20 +176,23 @@ def calibrate(
             sparse = _matching(empty_rows, trace)
             step = _Step(closed, trace, names, token_weights, sparse, (params, args))
             steps[key] = step
-            if stats is None:
-                stats = step.first(initial)
+        step = steps[key]
+        if stats is None:
+            stats = step.first(initial)
+        if key not in seen:
             check_alike(step.empty, stats, "batches" if count else "initial")
+            seen.add(key)
         # Its own copy, from which nothing else is read: the step may write into it.
-        stats, finite = steps[key](stats, params, args)
+        stats, finite = step(stats, params, args)
         # Read a batch later, so that the device is never waited for.
-        _check_finite(pending, stats, count)
+        _check_finite(pending, stats, count, name_of)
         pending, count = finite, count + 1
     if stats is None:
         raise ValueError(
             "batches: there is none; expected an iterable of at least one tuple of "
             "arguments for fn. A generator that was used up gives nothing a second time."
         )
-    _check_finite(pending, stats, count)
+    _check_finite(pending, stats, count, name_of)
     return stats
 
 
@@ -267,11 +296,15 @@ def _is_finite(x: Inputs) -> Array:
 
 
 def _check_finite(
-    finite: Sequence[Array] | None, stats: Statistics, batch: int
+    finite: Sequence[Array] | None,
+    stats: Statistics,
+    batch: int,
+    name_of: Callable[[str], str],
 ) -> None:
     bad = [i for i, ok in enumerate(finite or ()) if not ok]
     if bad:
-        paths = dict.fromkeys(s.path for s in stats.sites if s.activation in bad)
+        used = (s.path for s in stats.sites if s.activation in bad)
+        paths = dict.fromkeys(map(name_of, used))
         raise ValueError(
             f"batches: in batch {batch}, what {_tree.listing(list(paths))} "
             f"{'is' if len(paths) == 1 else 'are'} multiplied with is not finite (NaN, "

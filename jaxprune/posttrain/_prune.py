@@ -109,6 +109,7 @@ def prune(
     chosen = _tree.select(params, where)
     shapes = {p: x for p, x in _leaves(chosen).items() if not _tree.is_hole(x)}
     wanted = _sparsities(shapes, sparsity, structure, allocation)
+    _tree.check_patterns(list(shapes), batch_axes or {}, name="batch_axes")
     found = tracing.blocks(fn, params, *listed[0], block_of=block_of)
     last = _check_blocks(found, wanted)
     names = tuple(dict.fromkeys((*method.statistics, *statistics)))
@@ -145,7 +146,7 @@ def prune(
 
 def _sparsities(shapes, sparsity, structure, allocation) -> dict[str, Sparsity]:
     """What each leaf is to be pruned to; `None` with `NM`, which says it."""
-    if isinstance(allocation, str) and allocation == "global":
+    if allocation == "global":
         raise ValueError(
             "allocation: got 'global'; expected 'uniform', 'er', 'erk', a mapping or a "
             "function of shapes and sparsity, since matrices are pruned one after the "
@@ -201,6 +202,7 @@ def _solve(
     for site, inputs in _uses(leaf, w, stats, str(j)):
         start = time.perf_counter()
         dense = site.to_matrix(w)
+        stack, batch, k, n = dense.shape
         solution = method.solve(dense, inputs, wanted[leaf.path], structure)
         if refine is not None:
             solution = refine(dense, solution, inputs)
@@ -217,7 +219,7 @@ def _solve(
         rows.append(
             Row(
                 leaf.path, leaf.layer, block.name,
-                (dense.shape[0] * dense.shape[1], *dense.shape[2:]),
+                (stack * batch, k, n),
                 1 - int(masks.count_leaf(solution.mask)) / dense.size,
                 error,
                 float("nan") if damping is None else float(jnp.max(damping)),
@@ -231,10 +233,9 @@ def _uses(
     leaf: Leaf, w: Array, stats: Statistics, path: str
 ) -> list[tuple[Site, Inputs]]:
     """The matrices of a leaf, each with all that is multiplied with it."""
-    name = leaf.path if leaf.layer is None else f"{leaf.path}[{leaf.layer}]"
     if path in stats.untraced:
         raise ValueError(
-            f"params: {name} cannot be followed to a product in {stats.untraced[path]}. "
+            f"params: {leaf} cannot be followed to a product in {stats.untraced[path]}. "
             "Leave it out with where=, say with rules= how a primitive of your own "
             "contracts it, or prune it without data by jaxprune.prune."
         )
@@ -242,7 +243,7 @@ def _uses(
     for site, inputs in stats[path]:
         if site.wraps:
             raise ValueError(
-                f"params: {name} goes through {', '.join(site.wraps)} in front of its "
+                f"params: {leaf} goes through {', '.join(site.wraps)} in front of its "
                 "product, so that its inputs do not say what a weight does. Merge that "
                 "into the weights first, or leave it out with where=."
             )
@@ -257,7 +258,7 @@ def _uses(
             seen += np.asarray(site.from_matrix(ones, jnp.zeros(w.shape, jnp.int32)))
         if seen.max() > 1:
             raise ValueError(
-                f"params: {name} is used in two ways, as by x @ w and x @ w.T, and cannot "
+                f"params: {leaf} is used in two ways, as by x @ w and x @ w.T, and cannot "
                 "be pruned for one of them. Leave it out with where=."
             )
     return list(found.values())

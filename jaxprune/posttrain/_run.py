@@ -1,7 +1,7 @@
 """A run over the blocks of a model: its weights, and what rests between the blocks."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool
 
 from jaxprune import _tree, tracing
 from jaxprune._tree import PyTree
-from jaxprune.calibration import Statistics, calibrate
+from jaxprune.calibration import Statistics
+from jaxprune.calibration._calibrate import collect
 from jaxprune.calibration._statistics import of_trace
 from jaxprune.tracing import Block, Blocks, Leaf, Slot
 
@@ -50,6 +51,7 @@ class Run:
             self.until |= {s.number: i for s in block.reads}
         self.step = 0
         self.programs: dict[Any, Callable] = {}
+        self.steps: dict[Any, dict] = {}
 
     def leaves(self, block: Block) -> tuple[Array, ...]:
         """What a block reads of the parameters."""
@@ -70,7 +72,8 @@ class Run:
             del leaf
             return int(path) in picked
 
-        options = {"where": where, "batch_axes": batch_axes, "rules": rules}
+        axes = _axes_of(block, picked, batch_axes or {})
+        options = {"where": where, "batch_axes": axes, "rules": rules}
         if not self.statistics:
             reads = tracing.reads(block, self.values[0])
             trace = tracing.sites(block.fn, own, *reads, **options)
@@ -84,9 +87,13 @@ class Run:
             (None if tokens is None else tokens[i], *tracing.reads(block, values))
             for i, values in enumerate(self.values)
         )
-        return calibrate(
-            fn, own, batches, statistics=self.statistics,
+        # Blocks that do the same share what is compiled.
+        key = block.fn, tuple(picked), tuple(axes.items())
+        steps = self.steps.setdefault(key, {})
+        return collect(
+            fn, own, batches, steps, statistics=self.statistics,
             token_weights=None if tokens is None else lambda weights, *_: weights,
+            name_of=lambda path: str(block.leaves[int(path)]),
             **options,
         )  # fmt: skip
 
@@ -94,7 +101,7 @@ class Run:
         """Runs a block on all batches, and forgets what no other one reads."""
         program = functools.partial(jax.eval_shape, block.fn)
         if self.statistics:
-            program = self.programs.setdefault(id(block.fn), jax.jit(block.fn))
+            program = self.programs.setdefault(block.fn, jax.jit(block.fn))
         for values in self.values:
             reads = tracing.reads(block, values)
             found = program(own, *reads)
@@ -127,6 +134,21 @@ class Run:
             x if _tree.is_hole(x) else m for m, x in zip(masks, leaves, strict=True)
         ]
         return treedef.unflatten(weights), treedef.unflatten(masks)
+
+
+def _axes_of(
+    block: Block, picked: Sequence[int], table: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """`batch_axes` for the leaves of a block, which are called by their numbers."""
+    found = {}
+    for j in picked:
+        path, layer = block.leaves[j]
+        axes = _tree.lookup(path, table)
+        if axes is not None:
+            axes = axes if isinstance(axes, Iterable) else (axes,)
+            gone = layer is not None
+            found[str(j)] = tuple(a - 1 if gone and a > 0 else a for a in axes)
+    return found
 
 
 def _put(whole: Array, x: Array, layer: int) -> Array:

@@ -33,6 +33,9 @@ class Leaf(NamedTuple):
     path: str
     layer: int | None
 
+    def __str__(self) -> str:
+        return self.path if self.layer is None else f"{self.path}[{self.layer}]"
+
 
 class Slot(NamedTuple):
     """Where a value rests between blocks.
