@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxprune import allocation
 from jaxprune.calibration import Inputs
+from jaxprune.posttrain import _selection
 from jaxprune.structures import NM, Block, Structure, Unstructured
 
 Group: TypeAlias = Literal["output", "block", "layer"]
@@ -65,34 +66,52 @@ Matrix: TypeAlias = Callable[..., tuple[Array, Array, Array | None, Array | None
 
 
 def solver(
-    name: str, statistics: tuple[str, ...], matrix: Matrix, **options: Any
+    name: str,
+    statistics: tuple[str, ...],
+    matrix: Matrix,
+    *,
+    group: Group,
+    tile: Callable[[int, Structure], int] | None = None,
+    **options: Any,
 ) -> Solver:
     """Makes a solver of stacks from a function of one matrix.
 
-    `matrix(w, inputs, sparsity=, structure=, **options)` gets float32 and inputs without
-    what the solver did not ask for, and gives new weights, mask, error and damping. If
-    the error is `None` it is computed where there is a Gram matrix.
+    Args:
+      name: for messages.
+      statistics: fields of the inputs that it needs.
+      matrix: `matrix(w, inputs, kept, structure=, group=, **options)` gets float32, the
+        needed fields and how many units to keep in each tile, and gives new weights,
+        mask, error and damping. Where the error is `None` and there is a Gram matrix it
+        is computed.
+      group: which scores are compared.
+      tile: how many rows are pruned together, from the number of rows and the structure;
+        `None` for all.
+      **options: static.
     """
 
     def solve(
         w: Array, inputs: Inputs, sparsity: Sparsity, structure: Structure
     ) -> Solution:
         exact = check(name, w, inputs, statistics, sparsity, structure)
-        frozen = tuple(sorted(options.items()))
-        found = _solve(w, inputs, matrix, exact, structure, statistics, frozen)
+        rows = w.shape[-2]
+        height = rows if tile is None else tile(rows, structure)
+        kept = _selection.counts(w.shape[-2:], height, exact, structure, group)
+        frozen = tuple(sorted({**options, "group": group}.items()))
+        found = _solve(w, inputs, kept, matrix, structure, statistics, frozen)
         check_solved(name, found)
         return found
 
     return Solver(statistics, solve)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
-def _solve(w, inputs, matrix, sparsity, structure, statistics, options) -> Solution:
+# The counts are arguments: layers of one shape share a program, whatever their sparsity.
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def _solve(w, inputs, kept, matrix, structure, statistics, options) -> Solution:
     def one(w, inputs):
         wide = w.astype(jnp.float32)
         needed = Inputs(inputs.count, **{s: getattr(inputs, s) for s in statistics})
         new, mask, error, damping = matrix(
-            wide, needed, sparsity=sparsity, structure=structure, **dict(options)
+            wide, needed, kept, structure=structure, **dict(options)
         )
         new = new.astype(w.dtype)
         if error is None and inputs.gram is not None:
