@@ -211,7 +211,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     shapes = ((512, 512), (576, 192)) if args.quick else SQUARES + SMOLLM2
-    print("| method | K x N | pattern | ours, ms | PyTorch, ms | ratio | error, ours | error |")
+    print(
+        "| method | K x N | pattern | ours, ms | PyTorch, ms | ratio | error, ours | error |"
+    )
     print("|-|-|-|-|-|-|-|-|")
     below = []
     for method in SOLVERS:

@@ -3,6 +3,7 @@
 from ._alps import alps as alps
 from ._magnitude import magnitude as magnitude
 from ._obs import obs as obs
+from ._permutation import channel_permutation as channel_permutation
 from ._refit import refit as refit
 from ._ria import ria as ria
 from ._solver import Group as Group

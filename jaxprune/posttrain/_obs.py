@@ -79,16 +79,14 @@ def _obs(w, inputs, kept, *, structure: Structure, group: str, damping: float):
     order = _selection.group_order(structure, rows)
     members = np.arange(rows) if order is None else order
     size = structure.m if is_nm else rows
-    group, groups = (
-        jnp.asarray(np.argsort(members) // size),
-        rows // size,
-    )  # of each row
+    place = jnp.asarray(np.argsort(members) // size)  # of each row, its group
+    groups = rows // size
     most = structure.m - structure.n if is_nm else pruned
 
     def prune(column):
         def step(_, state):
             v, inverse, keep, gone = state
-            free = keep & (gone < most)[group]
+            free = keep & (gone < most)[place]
             diagonal = jnp.diagonal(inverse)
             cost = jnp.where(free, v**2 / diagonal, jnp.inf)
             i = jnp.argmin(cost)
@@ -98,7 +96,7 @@ def _obs(w, inputs, kept, *, structure: Structure, group: str, damping: float):
             # Its row and column would be 0; a diagonal of 1 keeps them out of the rest.
             inverse = inverse - jnp.outer(column, column) / diagonal[i]
             inverse = jnp.where(keep[:, None] & keep, inverse, jnp.eye(rows))
-            return jnp.where(keep, v, 0), inverse, keep, gone.at[group[i]].add(1)
+            return jnp.where(keep, v, 0), inverse, keep, gone.at[place[i]].add(1)
 
         start = column, inverse, jnp.ones(rows, bool), jnp.zeros(groups, jnp.int32)
         v, _, keep, _ = lax.fori_loop(0, pruned, step, start)

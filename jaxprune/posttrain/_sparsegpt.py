@@ -9,6 +9,8 @@ means `e = L (W_dense - W)`. So what earlier rows add to a tile of rows is a pro
 with the change of these rows so far, and only the corners of `L` on the tiles are inverted.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -131,6 +133,7 @@ def prune_rows(
 ) -> tuple[Float[Array, "K N"], Bool[Array, "K N"], Float[Array, ""]]:
     """What pruning takes from the weights, the mask, and `tr(dWᵀ H dW)`."""
     rows = w.shape[0]
+    nm = structure if isinstance(structure, NM) else None
     size = _height(rows, structure, block_size)
     tiles = -(-rows // size)
     # Rows that fill up the last tile: alone, of no weight, and the last to be kept.
@@ -144,7 +147,7 @@ def prune_rows(
         return jnp.where(is_row, (values * diagonal[:, None]) ** 2, -1)
 
     chosen = None
-    if group == "layer" and not isinstance(structure, NM):
+    if group == "layer" and nm is None:
         scores = score(w[:rows], jnp.diagonal(factored.lower), True)
         chosen = _selection.best(scores, kept, structure, group)
         chosen = jnp.pad(chosen, ((0, more), (0, 0)))
@@ -162,7 +165,7 @@ def prune_rows(
         length = jnp.searchsorted(ends, start)
         before = lax.switch(length, products, across, change)
         now = dense + jnp.matmul(inverse, before, precision=_HIGHEST)
-        if isinstance(structure, NM):
+        if nm is not None:
             mask = None
         elif chosen is not None:
             mask = lax.dynamic_slice_in_dim(chosen, start, size)
@@ -170,7 +173,7 @@ def prune_rows(
             real = lax.dynamic_slice_in_dim(is_row, start, size)
             scores = score(now, jnp.diagonal(corner), real)
             mask = _selection.best_of_tile(scores, keeps, structure, group)
-        errors, mask = _eliminate(now, inverse, mask, structure)
+        errors, mask = _eliminate(now, inverse, mask, nm)
         final = now - jnp.matmul(inverse, errors, precision=_HIGHEST)
         gone = dense - jnp.where(mask, final, 0)
         change = lax.dynamic_update_slice_in_dim(change, gone, start, 0)
@@ -197,16 +200,16 @@ def _eliminate(
     now: Float[Array, "rows N"],
     inverse: Float[Array, "rows rows"],
     mask: Bool[Array, "rows N"] | None,
-    structure: Structure,
+    nm: NM | None,
 ) -> tuple[Float[Array, "rows N"], Bool[Array, "rows N"]]:
     """The errors `e` of one tile: what pruning leaves to the rows that follow.
 
     Row by row, `e_i = (w_i - sum over j < i of inverse_ij e_j) / inverse_ii` where pruned,
-    and 0 elsewhere. Without a mask, that of every N:M group is found when its first row is
-    reached. Rows not reached have errors of 0, which spares every product its limits.
+    and 0 elsewhere. With `nm` there is no mask: that of every group is found when its first
+    row is reached. Rows not reached have errors of 0, which spares every product its limits.
     """
     rows = now.shape[0]
-    m = structure.m if isinstance(structure, NM) else 1
+    m = 1 if nm is None else nm.m
     strip = m * math.gcd(max(1, _STRIP // m), rows // m)
 
     def prune_strip(s, state):
@@ -223,22 +226,24 @@ def _eliminate(
             error = jnp.where(keep, 0, (values[i] - earlier) / square[i, i])
             return found.at[i].set(error)
 
-        def prune_group(g, state):
+        def prune_group(nm, g, state):
             found, kept = state
             i = g * m
             links = lax.dynamic_slice_in_dim(square, i, m)
             group = lax.dynamic_slice_in_dim(values, i, m)
             group = group - jnp.matmul(links, found, precision=_HIGHEST)
             scale = lax.dynamic_slice_in_dim(jnp.diagonal(square), i, m)
-            keep = _best_rows(jnp.abs(group) / scale[:, None], structure.n)
+            keep = _best_rows(jnp.abs(group) / scale[:, None], nm)
             found = lax.fori_loop(
                 0, m, lambda j, f: prune_row(i + j, f, keep[j]), found
             )
             return found, lax.dynamic_update_slice_in_dim(kept, keep, i, 0)
 
         found = jnp.zeros_like(values)
-        if mask is None:
-            found, kept = lax.fori_loop(0, strip // m, prune_group, (found, kept))
+        if nm is not None:
+            found, kept = lax.fori_loop(
+                0, strip // m, functools.partial(prune_group, nm), (found, kept)
+            )
             keeps = lax.dynamic_update_slice_in_dim(keeps, kept, at, 0)
         else:
             found = lax.fori_loop(
@@ -250,11 +255,10 @@ def _eliminate(
     return lax.fori_loop(0, rows // strip, prune_strip, (jnp.zeros_like(now), keeps))
 
 
-def _best_rows(scores: Float[Array, "m N"], n: int) -> Bool[Array, "m N"]:
-    """The best `n` rows of each column; ties go to the lower row."""
-    m = scores.shape[0]
-    if m > 8:
-        return NM(n, m).best("", scores)
+def _best_rows(scores: Float[Array, "m N"], nm: NM) -> Bool[Array, "m N"]:
+    """The best of the `m` rows of each column; ties go to the lower row."""
+    if nm.m > 8:
+        return dataclasses.replace(nm, stride=1).best("", scores)
     keep = []  # row by row, which vectorises
     for i, own in enumerate(scores):
         wins = [
@@ -262,5 +266,5 @@ def _best_rows(scores: Float[Array, "m N"], n: int) -> Bool[Array, "m N"]:
             for j, other in enumerate(scores)
             if j != i
         ]
-        keep.append(sum(x.astype(jnp.uint8) for x in wins) < n)
+        keep.append(sum(x.astype(jnp.uint8) for x in wins) < nm.n)
     return jnp.stack(keep)
