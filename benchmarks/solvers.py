@@ -218,7 +218,7 @@ def main() -> None:
     below = []
     for method in SOLVERS:
         for shape in shapes:
-            if method == "ALPS" and max(shape) > 1536:
+            if method == "ALPS" and max(shape) > 576:
                 continue  # minutes a turn
             for pattern in PATTERNS:
                 rounds = args.rounds if method != "ALPS" else min(args.rounds, 3)

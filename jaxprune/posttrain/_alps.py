@@ -41,15 +41,16 @@ def alps(
       group: `"layer"` keeps the largest entries of the matrix, as the authors do;
         `"output"` as many of each output.
       damping: added to the Gram matrix first, as a share of the mean of its diagonal; ten
-        times more where it has an eigenvalue that is not positive.
+        times more where its Cholesky factor fails.
       rho: at the start.
       iterations: at most.
 
     Returns:
-      A `Solver` that needs `gram`. Where the authors take eigenvalues in float64, we take
-      them in float32; inputs that were always 0 get weights of 0; damping is a share of
-      the mean over the other inputs; and conjugate gradients do not stop early. The
-      counts of `NM(n, m)` are those kept, as theirs are.
+      A `Solver` that needs `gram`. Where the authors decompose `A` into eigenvectors once,
+      in float64, we factor `A + rho I` for each `rho`, in float32; inputs that were
+      always 0 get weights of 0; damping is a share of the mean over the other inputs; and
+      conjugate gradients do not stop early. The counts of `NM(n, m)` are those kept, as
+      theirs are.
 
     Raises:
       ValueError: for another group, a damping or rho that is not positive, or less than
@@ -82,63 +83,42 @@ def alps(
 
 
 def _alps(w, inputs, kept, *, structure, group, damping, rho, iterations):
-    spectrum = _decompose(inputs.gram, damping)
-    dense = jnp.where(spectrum.dead[:, None], 0, w) * spectrum.scale[:, None]
-    target = _product(spectrum.matrix, dense)
+    known = _scale(inputs.gram, damping)
+    dense = jnp.where(known.dead[:, None], 0, w) * known.scale[:, None]
+    target = _product(known.matrix, dense)
 
     def project(x: Array) -> Bool[Array, "K N"]:
         return _selection.best(x * x, kept, structure, group)
 
-    mask = _search(spectrum, dense, target, project, rho, iterations)
-    found, left = _conjugate_gradients(
-        spectrum.matrix, target, jnp.where(mask.keep, mask.values, 0), mask.keep
-    )
-    damped = jnp.sum((dense - found) * left)
-    new = jnp.where(mask.keep, found / spectrum.scale[:, None], 0)
-    change = jnp.where(spectrum.dead[:, None], 0, w - new)
-    error = jnp.maximum(damped - spectrum.added * jnp.sum(change**2), 0 * damped)
-    return new, mask.keep, error, spectrum.damping
+    found = _search(known.matrix, dense, target, project, rho, iterations)
+    start = jnp.where(found.keep, found.values, 0)
+    scaled, left = _conjugate_gradients(known.matrix, target, start, found.keep)
+    live = found.keep & ~known.dead[:, None]
+    new = jnp.where(live, scaled / known.scale[:, None], 0) + 0 * known.damping
+    change = jnp.where(known.dead[:, None], 0, w - new)
+    damped = jnp.sum((dense - scaled) * left)
+    error = jnp.maximum(damped - known.added * jnp.sum(change**2), 0 * damped)
+    return new, found.keep, error, known.damping
 
 
-class _Spectrum(NamedTuple):
-    """The damped Gram matrix, scaled to a diagonal of ones, and its eigenvectors."""
+class _Scaled(NamedTuple):
+    """The damped Gram matrix, scaled to a diagonal of ones."""
 
     matrix: Float[Array, "K K"]
-    values: Float[Array, " K"]
-    vectors: Float[Array, "K K"]
     scale: Float[Array, " K"]
     dead: Bool[Array, " K"]
     damping: Float[Array, ""]
     added: Float[Array, ""]
 
 
-def _decompose(gram: Float[Array, "K K"], damping: float) -> _Spectrum:
+def _scale(gram: Float[Array, "K K"], damping: float) -> _Scaled:
+    factored = _hessian.factor(gram, damping)
     diagonal = jnp.diagonal(gram)
-    dead = diagonal == 0
-    mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(~dead), 1)
-    shares = jnp.asarray(_hessian.escalation(damping))
-
-    def scaled(i):
-        scale = jnp.sqrt(jnp.where(dead, mean, diagonal) + shares[i] * mean)
-        ones = jnp.diag(jnp.ones_like(diagonal))
-        off = jnp.where(ones > 0, 0, gram) / scale / scale[:, None]
-        return off + ones, scale
-
-    def attempt(state):
-        i = state[0]
-        values, vectors = jnp.linalg.eigh(scaled(i)[0], symmetrize_input=False)
-        return i + 1, values, vectors
-
-    def failed(state):
-        i, values, _ = state
-        return (i < len(shares)) & ~(values[0] > 0)
-
-    start = 0, jnp.full_like(diagonal, jnp.nan), jnp.zeros_like(gram)
-    tries, values, vectors = lax.while_loop(failed, attempt, start)
-    matrix, scale = scaled(tries - 1)
-    share = jnp.where(values[0] > 0, shares[tries - 1], jnp.nan)
-    matrix = matrix + 0 * share  # what has no answer shows it
-    return _Spectrum(matrix, values, vectors, scale, dead, share, share * mean)
+    mean = factored.added / factored.damping
+    diagonal = jnp.where(factored.dead, mean, diagonal) + factored.added
+    scale = jnp.sqrt(diagonal)
+    matrix = (gram + jnp.diag(diagonal - jnp.diagonal(gram))) / scale / scale[:, None]
+    return _Scaled(matrix, scale, factored.dead, factored.damping, factored.added)
 
 
 class _Found(NamedTuple):
@@ -157,17 +137,26 @@ class _State(NamedTuple):
     done: Bool[Array, ""]
 
 
-def _search(spectrum, dense, target, project, rho: float, iterations: int) -> _Found:
+def _search(matrix, dense, target, project, rho: float, iterations: int) -> _Found:
     rows, columns = dense.shape
-    vectors = spectrum.vectors
 
     def ridge(rho):
-        """How to divide by `A + rho I`, in the fewest operations."""
-        weights = 1 / (spectrum.values + rho)
-        if rows < _EVERY * columns:
-            inverse = _product(vectors * weights, vectors.T)
+        """How to divide by `A + rho I`."""
+        lower = _hessian.cholesky(matrix + rho * jnp.eye(rows))
+        if 3 * columns > 2 * rows:
+            root = lax.linalg.triangular_solve(
+                lower, jnp.eye(rows), left_side=True, lower=True
+            )
+            inverse = _product(root, root.T)
             return lambda x: _product(inverse, x)
-        return lambda x: _product(vectors, weights[:, None] * _product(vectors.T, x))
+
+        def solve(x):  # with few outputs an inverse is not worth its time
+            y = lax.linalg.triangular_solve(
+                lower, x, left_side=True, lower=True, transpose_a=True
+            )
+            return lax.linalg.triangular_solve(lower, y, left_side=True, lower=True)
+
+        return solve
 
     keep = project(dense)
     kept = jnp.sum(keep, dtype=jnp.float32)

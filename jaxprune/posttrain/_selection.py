@@ -1,5 +1,6 @@
 """Masks of one matrix from its scores, to exact counts, within a comparison group."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -45,9 +46,29 @@ def best(
     With `"output"` that many of each output.
     """
     if isinstance(structure, NM):
-        return structure.best("", scores)
+        return best_of_groups(scores, structure, structure.stride)
     whole = jax.tree.map(lambda x: x[0], kept)
     return best_of_tile(scores, whole, structure, group)
+
+
+def best_of_groups(
+    scores: Float[Array, "K N"], nm: NM, stride: int
+) -> Bool[Array, "K N"]:
+    """The mask in which every group obeys, from scores of at least 0; NaN loses."""
+    if nm.m > 8:
+        return dataclasses.replace(nm, stride=stride).best("", scores)
+    scores = jnp.where(jnp.isnan(scores), -1, scores)
+    groups = scores.reshape(-1, nm.m, stride * scores.shape[1])
+    members = [groups[:, i] for i in range(nm.m)]
+    keep = []  # member by member, which vectorises
+    for i, own in enumerate(members):
+        wins = [
+            other >= own if j < i else other > own
+            for j, other in enumerate(members)
+            if j != i
+        ]
+        keep.append(sum(x.astype(jnp.uint8) for x in wins) < nm.n)
+    return jnp.stack(keep, axis=1).reshape(scores.shape)
 
 
 def unit_shape(structure: Structure) -> tuple[int, int]:

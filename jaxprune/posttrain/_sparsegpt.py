@@ -9,7 +9,6 @@ means `e = L (W_dense - W)`. So what earlier rows add to a tile of rows is a pro
 with the change of these rows so far, and only the corners of `L` on the tiles are inverted.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -233,7 +232,8 @@ def _eliminate(
             group = lax.dynamic_slice_in_dim(values, i, m)
             group = group - jnp.matmul(links, found, precision=_HIGHEST)
             scale = lax.dynamic_slice_in_dim(jnp.diagonal(square), i, m)
-            keep = _best_rows(jnp.abs(group) / scale[:, None], nm)
+            scores = jnp.abs(group) / scale[:, None]
+            keep = _selection.best_of_groups(scores, nm, stride=1)
             found = lax.fori_loop(
                 0, m, lambda j, f: prune_row(i + j, f, keep[j]), found
             )
@@ -253,18 +253,3 @@ def _eliminate(
 
     keeps = jnp.zeros_like(now, bool) if mask is None else mask
     return lax.fori_loop(0, rows // strip, prune_strip, (jnp.zeros_like(now), keeps))
-
-
-def _best_rows(scores: Float[Array, "m N"], nm: NM) -> Bool[Array, "m N"]:
-    """The best of the `m` rows of each column; ties go to the lower row."""
-    if nm.m > 8:
-        return dataclasses.replace(nm, stride=1).best("", scores)
-    keep = []  # row by row, which vectorises
-    for i, own in enumerate(scores):
-        wins = [
-            other >= own if j < i else other > own
-            for j, other in enumerate(scores)
-            if j != i
-        ]
-        keep.append(sum(x.astype(jnp.uint8) for x in wins) < nm.n)
-    return jnp.stack(keep)
