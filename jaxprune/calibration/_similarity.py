@@ -73,16 +73,16 @@ def similarity(
     for batch in batches:
         args = batch if isinstance(batch, tuple) else (batch,)
         leaves, treedef = jax.tree.flatten(args)
-        key = treedef, tuple(jax.typeof(x) for x in leaves)
-        if key not in cuts:
-            cuts[key] = tracing.blocks(fn, params, *args, block_of=block_of)
-        cut, sums = cuts[key], []
+        shapes = treedef, tuple(jax.typeof(x) for x in leaves)
+        if shapes not in cuts:
+            cuts[shapes] = tracing.blocks(fn, params, *args, block_of=block_of)
+        cut, sums = cuts[shapes], []
         values = dict(zip(cut.inputs, leaves, strict=True))
         for block in cut.blocks:
             key = block.fn, bool(block.name)
             if key not in steps:
-                fn = _measured(block.fn, select) if block.name else block.fn
-                steps[key] = jax.jit(fn)
+                run = _measured(block.fn, select) if block.name else block.fn
+                steps[key] = jax.jit(run)
             own = tracing.take(block, weights)
             found = steps[key](own, *tracing.reads(block, values))
             if block.name:

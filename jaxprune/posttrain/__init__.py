@@ -1,5 +1,6 @@
 """One-shot pruning of trained models, matrix by matrix and block by block."""
 
+from ._alps import alps as alps
 from ._bias import bias_correction as bias_correction
 from ._contrast import contrast_mask as contrast_mask
 from ._distill import SelfData as SelfData
@@ -14,6 +15,8 @@ from ._icbs import Step as Step
 from ._icbs import icbs as icbs
 from ._icbs import icbs_step as icbs_step
 from ._magnitude import magnitude as magnitude
+from ._obs import obs as obs
+from ._permutation import channel_permutation as channel_permutation
 from ._perp import LoRA as LoRA
 from ._perp import perp_init as perp_init
 from ._perp import perp_params as perp_params
@@ -22,12 +25,15 @@ from ._programs import anneal as anneal
 from ._programs import icbs_program as icbs_program
 from ._prune import prune as prune
 from ._reconstruct import Fitted as Fitted
+from ._reconstruct import pcg as pcg
 from ._reconstruct import reconstruct as reconstruct
-from ._reconstruct import refit as refit
+from ._refit import refit as refit
 from ._report import Report as Report
 from ._report import Row as Row
+from ._ria import ria as ria
 from ._solver import Group as Group
 from ._solver import Solution as Solution
 from ._solver import Solver as Solver
 from ._solver import layer_error as layer_error
 from ._sparsegpt import sparsegpt as sparsegpt
+from ._wanda import wanda as wanda

@@ -40,7 +40,7 @@ def factor(gram: Float[Array, "K K"], damping: float) -> Factored:
 
     def attempt(state):
         i, _ = state
-        return i + 1, _cholesky(gram + jnp.diag(fill + shares[i] * mean))
+        return i + 1, cholesky(gram + jnp.diag(fill + shares[i] * mean))
 
     # Of what is not positive definite JAX makes NaN.
     tries, lower = lax.while_loop(failed, attempt, (0, jnp.full_like(gram, jnp.nan)))
@@ -54,7 +54,7 @@ def escalation(damping: float) -> np.ndarray:
     return np.asarray([damping * 10**i for i in range(steps + 1)], np.float32)
 
 
-def _cholesky(h: Float[Array, "K K"]) -> Float[Array, "K K"]:
+def cholesky(h: Float[Array, "K K"]) -> Float[Array, "K K"]:
     """The lower triangular `L` with `h = Lᵀ L`; NaN where `h` is not positive definite.
 
     By halves, so that most of it is products, which are faster than LAPACK's routine.
@@ -64,10 +64,10 @@ def _cholesky(h: Float[Array, "K K"]) -> Float[Array, "K K"]:
         flipped = lax.linalg.cholesky(h[::-1, ::-1], symmetrize_input=False)
         return flipped[::-1, ::-1].T
     half = size // 2
-    corner = _cholesky(h[half:, half:])
+    corner = cholesky(h[half:, half:])
     side = lax.linalg.triangular_solve(
         corner, h[half:, :half], left_side=True, lower=True, transpose_a=True
     )
     rest = h[:half, :half] - jnp.matmul(side.T, side, precision=lax.Precision.HIGHEST)
     zeros = jnp.zeros_like(side.T)
-    return jnp.block([[_cholesky(rest), zeros], [side, corner]])
+    return jnp.block([[cholesky(rest), zeros], [side, corner]])

@@ -3,8 +3,6 @@
 Han et al., Learning both Weights and Connections, arXiv 1506.02626.
 """
 
-from fractions import Fraction
-
 import jax.numpy as jnp
 
 from jaxprune.posttrain import _selection, _solver
@@ -39,7 +37,7 @@ def magnitude(*, group: Group = "layer") -> Solver:
     return _solver.solver("magnitude", (), _magnitude, group=group)
 
 
-def _magnitude(w, inputs, *, sparsity: Fraction, structure: Structure, group: str):
+def _magnitude(w, inputs, kept, *, structure: Structure, group):
     del inputs
-    mask = _selection.best(jnp.abs(w), sparsity, structure, group)
+    mask = _selection.best(jnp.abs(w), kept, structure, group)
     return jnp.where(mask, w, 0), mask, None, None

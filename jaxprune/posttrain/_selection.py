@@ -1,5 +1,6 @@
 """Masks of one matrix from its scores, to exact counts, within a comparison group."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -8,50 +9,66 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, UInt32
 
 from jaxprune import _select, _wide, allocation
-from jaxprune.structures import NM, Block, Structure
+from jaxprune._wide import Wide
+from jaxprune.structures import NM, Block, Structure, Unstructured
 
 
-def best(
-    scores: Float[Array, "K N"],
-    sparsity: Fraction,
-    structure: Structure,
-    group: str,
-) -> Bool[Array, "K N"]:
-    """The mask of the whole matrix that keeps the highest scores.
-
-    With `"output"` each output keeps as many; counts are rounded half down.
-    """
-    if isinstance(structure, NM):
-        return structure.best("", scores)
-    kept = kept_in_tiles(scores.shape, scores.shape[0], sparsity, structure, group)
-    return best_of_tile(scores, kept[0], structure, group)
-
-
-def kept_in_tiles(
+def counts(
     shape: Sequence[int],
     rows: int,
     sparsity: Fraction,
     structure: Structure,
     group: str,
-) -> list[int]:
+) -> Wide:
     """How many units to keep in every `rows` rows of `[K, N]`, the last perhaps fewer.
 
-    Units of one output with the group `"output"`, else of all outputs. They add up to
-    what is to be kept of all rows.
+    Units of one output with the group `"output"`, else of all. They add up to what is to
+    be kept of all rows, rounded half down.
     """
     high, wide = unit_shape(structure)
-    units = shape[0] // high
     columns = 1 if group == "output" else shape[1] // wide
-    total = units * columns
-    whole = jax.ShapeDtypeStruct((total * high * wide, 1), "float32")
-    flat = Block(high * wide, 1)  # a row of units, whatever their shape
-    kept = flat.kept_units("", whole, sparsity)
+    flat = jax.ShapeDtypeStruct((shape[0] // high, columns), "float32")
+    total = math.prod(flat.shape)
+    kept = Unstructured().kept_units("", flat, sparsity)
     heights = [min(rows, shape[0] - r) // high for r in range(0, shape[0], rows)]
     wanted = [Fraction(kept * h * columns, max(total, 1)) for h in heights]
-    return allocation.round_to_total(wanted, kept)
+    return _wide.from_ints(allocation.round_to_total(wanted, kept))
+
+
+def best(
+    scores: Float[Array, "K N"], kept: Wide, structure: Structure, group: str
+) -> Bool[Array, "K N"]:
+    """The mask of the whole matrix that keeps the highest scores, `kept` in all.
+
+    With `"output"` that many of each output.
+    """
+    if isinstance(structure, NM):
+        return best_of_groups(scores, structure, structure.stride)
+    whole = jax.tree.map(lambda x: x[0], kept)
+    return best_of_tile(scores, whole, structure, group)
+
+
+def best_of_groups(
+    scores: Float[Array, "K N"], nm: NM, stride: int
+) -> Bool[Array, "K N"]:
+    """The mask in which every group obeys, from scores of at least 0; NaN loses."""
+    if nm.m > 8:
+        return dataclasses.replace(nm, stride=stride).best("", scores)
+    scores = jnp.where(jnp.isnan(scores), -1, scores)
+    groups = scores.reshape(-1, nm.m, stride * scores.shape[1])
+    members = [groups[:, i] for i in range(nm.m)]
+    keep = []  # member by member, which vectorises
+    for i, own in enumerate(members):
+        wins = [
+            other >= own if j < i else other > own
+            for j, other in enumerate(members)
+            if j != i
+        ]
+        keep.append(sum(x.astype(jnp.uint8) for x in wins) < nm.n)
+    return jnp.stack(keep, axis=1).reshape(scores.shape)
 
 
 def unit_shape(structure: Structure) -> tuple[int, int]:
@@ -61,7 +78,7 @@ def unit_shape(structure: Structure) -> tuple[int, int]:
 
 def best_of_tile(
     scores: Float[Array, "rows N"],
-    kept: int | Int[Array, ""],
+    kept: Wide,
     structure: Structure,
     group: str,
 ) -> Bool[Array, "rows N"]:
@@ -71,26 +88,18 @@ def best_of_tile(
     if (high, wide) != (1, 1):
         parts = scores.reshape(rows // high, high, columns // wide, wide)
         scores = jnp.sum(parts, axis=(1, 3))
-    mask = best_by_column(scores, kept) if group == "output" else best_of_all(scores, kept)
+    if group == "output":
+        mask = _best_by_column(scores, kept.lo)
+    else:
+        cut = _select.cuts([_select.stored(scores)], [kept], [0])[0]
+        mask = _select.keep(scores, cut)
     if (high, wide) != (1, 1):
         mask = jnp.repeat(jnp.repeat(mask, high, axis=0), wide, axis=1)
     return mask
 
 
-def best_of_all(
-    scores: Float[Array, "rows N"], kept: int | Int[Array, ""]
-) -> Bool[Array, "rows N"]:
-    """Keeps the `kept` highest; ties go to the lower index."""
-    if isinstance(kept, int):
-        count = _wide.from_int(kept)
-    else:
-        count = _wide.Wide(jnp.zeros((), jnp.uint32), kept.astype(jnp.uint32))
-    cut = _select.cuts([_select.stored(scores)], [count], [0])[0]
-    return _select.keep(scores, cut)
-
-
-def best_by_column(
-    scores: Float[Array, "rows N"], kept: int | Int[Array, ""]
+def _best_by_column(
+    scores: Float[Array, "rows N"], kept: UInt32[Array, ""]
 ) -> Bool[Array, "rows N"]:
     """Keeps the `kept` highest of each column; ties go to the lower row.
 
@@ -98,7 +107,6 @@ def best_by_column(
     nothing is exchanged.
     """
     bits = _select.ordered(scores)
-    kept = jnp.uint32(kept)
 
     def narrow(i, found):
         # The highest threshold that at least `kept` scores reach, bit by bit.

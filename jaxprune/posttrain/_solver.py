@@ -1,5 +1,6 @@
 """What every solver on one matrix shares: its type, its answer, and what it refuses."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from fractions import Fraction
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxprune import allocation
 from jaxprune.calibration import Inputs
+from jaxprune.posttrain import _selection
 from jaxprune.structures import NM, Block, Structure, Unstructured
 
 Group: TypeAlias = Literal["output", "block", "layer"]
@@ -31,8 +33,9 @@ class Solution(NamedTuple):
       w: the new weights, of the shape and dtype that came; 0 where pruned.
       mask: True = kept, of the same shape.
       error: `tr(dWᵀ G dW)` with the Gram matrix as given, float32 `[*stack]`: the squared
-        change of the outputs, summed over these and averaged over rows. `None` if the
-        inputs have no Gram matrix. Divide by `layer_error(w, 0 * w, gram)` to see the
+        change of the outputs, summed over these and averaged over rows; SparseGPT and
+        ALPS do not count rounding to the dtype of `w`. `None` if the inputs have no Gram
+        matrix. Divide by `layer_error(w, 0 * w, gram)` to see the
         share of the outputs' energy that it is.
       damping: what was added to the diagonal of the Gram matrix, as a share of the
         diagonal's mean, float32 `[*stack]`; more than was asked for where this did not
@@ -65,34 +68,52 @@ Matrix: TypeAlias = Callable[..., tuple[Array, Array, Array | None, Array | None
 
 
 def solver(
-    name: str, statistics: tuple[str, ...], matrix: Matrix, **options: Any
+    name: str,
+    statistics: tuple[str, ...],
+    matrix: Matrix,
+    *,
+    group: Group,
+    tile: Callable[[int, Structure], int] | None = None,
+    **options: Any,
 ) -> Solver:
     """Makes a solver of stacks from a function of one matrix.
 
-    `matrix(w, inputs, sparsity=, structure=, **options)` gets float32 and inputs without
-    what the solver did not ask for, and gives new weights, mask, error and damping. If
-    the error is `None` it is computed where there is a Gram matrix.
+    Args:
+      name: for messages.
+      statistics: fields of the inputs that it needs.
+      matrix: `matrix(w, inputs, kept, structure=, group=, **options)` gets float32, the
+        needed fields and how many units to keep in each tile, and gives new weights,
+        mask, error and damping. Where the error is `None` and there is a Gram matrix it
+        is computed.
+      group: which scores are compared.
+      tile: how many rows are pruned together, from the number of rows and the structure;
+        `None` for all.
+      **options: static.
     """
 
     def solve(
         w: Array, inputs: Inputs, sparsity: Sparsity, structure: Structure
     ) -> Solution:
-        exact = check(name, w, inputs, statistics, sparsity, structure)
-        frozen = tuple(sorted(options.items()))
-        found = _solve(w, inputs, matrix, exact, structure, statistics, frozen)
+        exact, structure = check(name, w, inputs, statistics, sparsity, structure)
+        rows = w.shape[-2]
+        height = rows if tile is None else tile(rows, structure)
+        kept = _selection.counts(w.shape[-2:], height, exact, structure, group)
+        frozen = tuple(sorted({**options, "group": group}.items()))
+        found = _solve(w, inputs, kept, matrix, structure, statistics, frozen)
         check_solved(name, found)
         return found
 
     return Solver(statistics, solve)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
-def _solve(w, inputs, matrix, sparsity, structure, statistics, options) -> Solution:
+# The counts are arguments: layers of one shape share a program, whatever their sparsity.
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def _solve(w, inputs, kept, matrix, structure, statistics, options) -> Solution:
     def one(w, inputs):
         wide = w.astype(jnp.float32)
         needed = Inputs(inputs.count, **{s: getattr(inputs, s) for s in statistics})
         new, mask, error, damping = matrix(
-            wide, needed, sparsity=sparsity, structure=structure, **dict(options)
+            wide, needed, kept, structure=structure, **dict(options)
         )
         new = new.astype(w.dtype)
         if error is None and inputs.gram is not None:
@@ -158,28 +179,34 @@ def check(
     statistics: tuple[str, ...],
     sparsity: Sparsity,
     structure: Structure,
-) -> Fraction:
-    """Refuses what cannot be solved; gives the exact sparsity."""
+) -> tuple[Fraction, Structure]:
+    """Refuses what cannot be solved; gives exact sparsity, and the structure of `[K, N]`."""
     check_matrix(name, w, inputs, statistics)
-    fine = isinstance(structure, Unstructured | NM | Block)
-    if not fine:
+    if not isinstance(structure, Unstructured | NM | Block):
         raise TypeError(
             f"structure: got {structure!r}; expected Unstructured(), NM(2, 4) or "
             f"Block(16, 16): {name} prunes within one matrix. Whole neurons or heads are "
             "for jaxprune.structured."
         )
-    if isinstance(structure, NM | Block):
-        _check_axes(structure, w)
-        structure.units("w", jax.ShapeDtypeStruct(w.shape[-2:], w.dtype))
-    if not isinstance(structure, NM):
-        return allocation.exact(sparsity)
+    if isinstance(structure, Unstructured):
+        return allocation.exact(sparsity), structure
+    k_axes, n_axes = structure.matrix_axes("w", w.shape)
+    if (k_axes, n_axes) != ((w.ndim - 2,), (w.ndim - 1,)):
+        raise ValueError(
+            f"structure: {structure} sees K on axes {k_axes} of weights {tuple(w.shape)}; "
+            "expected the last but one, as solvers get [*stack, K, N]. Use axis=-2."
+        )
+    structure = dataclasses.replace(structure, axis=-2)
+    structure.units("w", jax.ShapeDtypeStruct(w.shape[-2:], w.dtype))
+    if isinstance(structure, Block):
+        return allocation.exact(sparsity), dataclasses.replace(structure, out_axis=-1)
     whole = 1 - Fraction(structure.n, structure.m)
     if sparsity is not None and allocation.exact(sparsity) != whole:
         raise ValueError(
             f"sparsity: got {sparsity} with {structure}, which prunes {whole} of the "
             f"weights. Leave it out (None), or ask for {float(whole)}."
         )
-    return whole
+    return whole, structure
 
 
 def check_matrix(name: str, w: Any, inputs: Any, statistics: tuple[str, ...]) -> None:
@@ -210,30 +237,15 @@ def check_matrix(name: str, w: Any, inputs: Any, statistics: tuple[str, ...]) ->
                 f"inputs: {statistic} has shape {got} beside weights of shape {shape}; "
                 f"expected {wanted}. Stacks of both must be alike; repeat what is shared."
             )
-    if isinstance(w, core.Tracer) or not statistics:
-        return _check_finite(name, w, {})
-    _check_finite(name, w, {s: getattr(inputs, s) for s in statistics})
+    values = {"w": w, **{f"inputs: {s}": getattr(inputs, s) for s in statistics}}
+    values = {k: x for k, x in values.items() if not isinstance(x, core.Tracer)}
     if isinstance(inputs.count, core.Tracer):
-        return
-    for statistic in statistics:
-        value = getattr(inputs, statistic)
-        seen = jnp.diagonal(value, 0, -2, -1) if statistic == "gram" else value
-        empty = ~jnp.any(seen, axis=-1) | (inputs.count == 0)
-        if int(jnp.sum(empty)):
-            which = jnp.argwhere(empty).tolist() if stack else "all"
-            raise ValueError(
-                f"inputs: no row other than 0 was seen (of a stack, at {which}), so {name} "
-                "cannot tell which weights matter. Calibrate with more data, or prune "
-                "these matrices with magnitude()."
-            )
-
-
-def _check_finite(name: str, w: Array, statistics: dict[str, Array]) -> None:
-    for part, x in {"w": w, **statistics}.items():
-        if isinstance(x, core.Tracer):
-            continue
-        if bad := int(jnp.sum(~jnp.isfinite(x))):
-            of = "" if part == "w" else "inputs: "
+        empty = None
+    else:
+        empty = inputs.count if statistics else 1 + 0 * inputs.count
+    bad, empty = _flaws(values, empty)
+    for part, count in bad.items():
+        if int(count):
             why = (
                 "The model is broken before it is pruned."
                 if part == "w"
@@ -241,18 +253,33 @@ def _check_finite(name: str, w: Array, statistics: dict[str, Array]) -> None:
                 "leave it out."
             )
             raise ValueError(
-                f"{of}{part}: {bad} of {x.size} values are NaN or infinite, which {name} "
-                f"would spread. {why}"
+                f"{part}: {int(count)} of {values[part].size} values are NaN or infinite, "
+                f"which {name} would spread. {why}"
             )
-
-
-def _check_axes(structure: NM | Block, w: Array) -> None:
-    k_axes, n_axes = structure.matrix_axes("w", w.shape)
-    if (k_axes, n_axes[:1]) != ((w.ndim - 2,), (w.ndim - 1,)):
+    if empty is not None and bool(jnp.any(empty)):
         raise ValueError(
-            f"structure: {structure} sees K on axes {k_axes} of weights {tuple(w.shape)}; "
-            "expected the last but one, as solvers get [*stack, K, N]. Use axis=-2."
+            f"inputs: no row other than 0 was seen{_places(empty)}, so {name} cannot tell "
+            "which weights matter. Calibrate with more data, or prune these matrices "
+            "with magnitude()."
         )
+
+
+@jax.jit
+def _flaws(values: dict[str, Array], count: Array | None):
+    """How many values are not finite, and which matrices saw nothing, in one program."""
+    bad = {k: jnp.sum(~jnp.isfinite(x)) for k, x in values.items()}
+    if count is None:
+        return bad, None
+    empty = count == 0
+    for part, x in values.items():
+        if part != "w":
+            seen = jnp.diagonal(x, 0, -2, -1) if part == "inputs: gram" else x
+            empty = empty | ~jnp.any(seen, axis=-1)
+    return bad, empty
+
+
+def _places(where: Bool[Array, "*stack"]) -> str:
+    return f" (of a stack, at {jnp.argwhere(where).tolist()})" if where.ndim else ""
 
 
 def check_solved(name: str, found: Solution) -> None:
@@ -260,10 +287,10 @@ def check_solved(name: str, found: Solution) -> None:
     damping = found.damping
     if damping is None or isinstance(damping, core.Tracer):
         return
-    if int(jnp.sum(jnp.isnan(damping))):
-        which = jnp.argwhere(jnp.isnan(damping)).tolist() if damping.ndim else "all"
+    failed = jnp.isnan(damping)
+    if bool(jnp.any(failed)):
         raise ValueError(
-            f"inputs: the Gram matrix is not positive definite (of a stack, at {which}), "
-            f"and {name} found no damping up to its diagonal's mean that makes it so. It "
-            "must be a mean of x xᵀ, symmetric and finite; calibrate again, in float32."
+            f"inputs: the Gram matrix is not positive definite{_places(failed)}, and "
+            f"{name} found no damping up to its diagonal's mean that makes it so. It must "
+            "be a mean of x xᵀ, symmetric and finite; calibrate again, in float32."
         )

@@ -80,8 +80,8 @@ def test_linen(scanned):
     names = [f"layers/{i}" if scanned else f"layers_{i}" for i in range(3)]
     assert [b.name for b in layers] == names
     assert len({x for b in layers for x in b.leaves}) == 3 * 6
-    # Two of three are the same; the last one makes less for the norm that follows.
-    assert layers[0].fn is layers[1].fn
+    # The mean of what a layer gives is made behind it, and is not there in the first one.
+    assert layers[1].fn is layers[2].fn
     if scanned:
         assert layers[0].leaves[0].layer == 0 and layers[2].leaves[0].layer == 2
         assert len({b.fn for b in layers}) == 1
@@ -171,7 +171,7 @@ def test_constants_are_part_of_what_a_block_does():
         return x
 
     blocks = check(fn, {"layers": [make(4, 4, seed=i) for i in range(3)]}, make(2, 4))
-    assert len({b.fn for b in blocks}) == 3
+    assert len({b.fn for b in blocks if b.leaves}) == 3
 
 
 def test_layers_that_were_computed():
