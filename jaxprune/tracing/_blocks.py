@@ -211,8 +211,7 @@ class _Cutter:
         atoms = [x for op in ops for x in op.ins]
         if enter is not None:
             scan = program.ops[enter]
-            carries = slice(scan.eqn.params["num_consts"], program.xs_of(enter))
-            atoms += scan.ins[carries]
+            atoms += scan.ins[slice(*program.carried(enter))]
         if final:
             atoms += program.outs
         paths = sorted(program.leaves_of(atoms))
@@ -243,19 +242,18 @@ class _Cutter:
         """The state before the first iteration."""
         program = self.program
         op = program.ops[scan]
-        params, carries = op.eqn.params, op.eqn.params["num_carry"]
-        first = params["num_consts"]
-        length = params["length"]
+        first, last = program.carried(scan)
+        length, reverse = op.eqn.params["length"], op.eqn.params["reverse"]
         found = {
             name_of(k): program.read(k, values, state) for k in program.around(scan)
         }
         for i, var in enumerate(op.eqn.outvars):
-            if i < carries:
+            if i < last - first:
                 x = jnp.asarray(program.read(op.ins[first + i], values, state))
                 found[f"scan{i}"] = x
             else:
                 found[f"scan{i}"] = jnp.zeros(var.aval.shape, var.aval.dtype)
-        found["iteration"] = jnp.int32(length - 1 if params["reverse"] else 0)
+        found["iteration"] = jnp.int32(length - 1 if reverse else 0)
         return found
 
     def iterations(self, scan: int) -> list[Block]:
@@ -263,9 +261,9 @@ class _Cutter:
         program = self.program
         op = program.ops[scan]
         params, sliced = op.eqn.params, program.sliced(op)
-        first, last = params["num_consts"], program.xs_of(scan)
+        first, last = program.carried(scan)
         body = jax.extend.core.jaxpr_as_fun(params["jaxpr"])
-        around, carries = program.around(scan), params["num_carry"]
+        around, carries = program.around(scan), last - first
         own = sorted(set(sliced.values()))
         shared = program.leaves_of(
             x for i, x in enumerate(op.ins) if i not in sliced and not first <= i < last

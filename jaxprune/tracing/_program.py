@@ -9,7 +9,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array
 
 from jaxprune.tracing._replay import bind
-from jaxprune.tracing._walk import CALLS, jaxpr_of
+from jaxprune.tracing._walk import CALLS, jaxpr_of, scan_operands
 
 State = dict[str, Array]
 
@@ -126,16 +126,16 @@ class Program:
         """Where, from `low` to `high`, the least memory is needed to go on."""
         return min(range(low, high + 1), key=lambda at: (self.held(at), at))
 
-    def xs_of(self, scan: int) -> int:
-        """The first operand that a scan slices."""
-        params = self.ops[scan].eqn.params
-        return params["num_consts"] + params["num_carry"]
+    def carried(self, scan: int) -> tuple[int, int]:
+        """The first operand that a scan carries, and the first that it slices."""
+        op = self.ops[scan]
+        return scan_operands(op.eqn.params, len(op.ins))
 
     def around(self, scan: int) -> set[int]:
         """Values that a scan reads, or that are used after it, apart from its own."""
         op = self.ops[scan]
-        first = op.eqn.params["num_consts"]
-        read = set(keys_of((*op.ins[:first], *op.ins[self.xs_of(scan) :])))
+        first, last = self.carried(scan)
+        read = set(keys_of((*op.ins[:first], *op.ins[last:])))
         after = {k for k in self.needed(scan + 1) if self.made[k] < scan}
         return after | {k for k in read if k in self.made}
 
@@ -143,7 +143,7 @@ class Program:
         """Operands of a scan that are leaves it runs over, and nothing else."""
         if op.eqn.primitive.name != "scan":
             return {}
-        first = op.eqn.params["num_consts"] + op.eqn.params["num_carry"]
+        _, first = scan_operands(op.eqn.params, len(op.ins))
         others = self.leaves_of(op.ins[:first]) | self.leaves_of(
             x for x in op.ins[first:] if not isinstance(x, Constant) and x in self.fixed
         )

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from jaxprune.tracing._moves import permuted
 from jaxprune.tracing._sites import Loop
-from jaxprune.tracing._walk import CALLS, jaxpr_of
+from jaxprune.tracing._walk import CALLS, jaxpr_of, scan_operands
 
 _PLAIN_CALLS = frozenset("jit pjit closed_call core_call".split())
 _CHECKPOINTS = frozenset("remat remat2 checkpoint".split())
@@ -257,7 +257,7 @@ class _Replay:
 
     def scan(self, eqn: Any, operands: list[Any], place, taps) -> tuple[list, dict]:
         params = eqn.params
-        first, second = params["num_consts"], params["num_consts"] + params["num_carry"]
+        first, second = scan_operands(params, len(operands))
         consts, carry, xs = operands[:first], operands[first:second], operands[second:]
         carry = self.arrays(carry, "the carry of a scan")
         xs = [
