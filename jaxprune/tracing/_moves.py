@@ -13,13 +13,13 @@ Place = tuple[int, ...]
 
 _AS_THEY_ARE = frozenset(
     "copy copy_p optimization_barrier sharding_constraint reshard mesh_cast name "
-    "convert_element_type reduce_precision device_put pvary".split()
+    "convert_element_type device_put pvary".split()
 )
 _ELEMENTWISE = frozenset(
     "add sub mul div rem neg abs sign max min pow integer_pow square sqrt rsqrt cbrt "
     "exp exp2 log log1p expm1 tanh logistic erf floor ceil round clamp select_n not "
     "and or xor eq ne lt le gt ge is_finite shift_left shift_right_logical "
-    "shift_right_arithmetic add_any nextafter bitcast_convert_type".split()
+    "shift_right_arithmetic add_any nextafter reduce_precision".split()
 )
 
 
@@ -91,6 +91,15 @@ def move(
         lost = [p for parts in operands for p in parts]
         return Moved([()] * len(eqn.outvars), lost, name)
     return Moved(found)
+
+
+def permuted(eqn: Any) -> tuple[int, ...] | None:
+    """Order of the axes of the operand, where they and its type are all that changes."""
+    if eqn.primitive.name == "transpose":
+        return tuple(eqn.params["permutation"])
+    if eqn.primitive.name in _AS_THEY_ARE and len(eqn.invars) == 1:
+        return tuple(range(eqn.invars[0].aval.ndim))
+    return None
 
 
 def scanned(part: Part, place: Place) -> Part:
@@ -205,8 +214,12 @@ def _indexed(part: Part, axis: int, index: tuple[Place, int, int]) -> Part:
 
 
 def _transpose(eqn: Any, part: Part) -> Part | None:
-    order = eqn.params["permutation"]
-    return part._replace(dims=tuple(part.dims[i] for i in order))
+    order = permuted(eqn)
+    return (
+        None
+        if order is None
+        else part._replace(dims=tuple(part.dims[i] for i in order))
+    )
 
 
 def _reshape(eqn: Any, part: Part) -> Part | None:

@@ -11,14 +11,12 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array
 
+from jaxprune.tracing._moves import permuted
 from jaxprune.tracing._sites import Loop
-from jaxprune.tracing._walk import CALLS, jaxpr_of
+from jaxprune.tracing._walk import CALLS, jaxpr_of, scan_operands
 
 _PLAIN_CALLS = frozenset("jit pjit closed_call core_call".split())
 _CHECKPOINTS = frozenset("remat remat2 checkpoint".split())
-_AS_IT_IS = frozenset(
-    "copy copy_p optimization_barrier sharding_constraint reshard mesh_cast name".split()
-)
 
 
 @jax.tree_util.register_dataclass
@@ -217,16 +215,15 @@ class _Replay:
 
     def moved(self, eqn: Any, operands: list[Any]) -> Sequence[Any]:
         """An equation some of whose operands are views."""
-        name, params = eqn.primitive.name, eqn.params
-        if name in _AS_IT_IS and len(operands) == 1:
-            return operands
-        if name == "convert_element_type":
+        name = eqn.primitive.name
+        order = permuted(eqn)
+        if order is not None:
             (view,) = operands
-            return [dataclasses.replace(view, casts=(*view.casts, params["new_dtype"]))]
-        if name == "transpose":
-            (view,) = operands
-            axes = tuple(view.axes[i] for i in params["permutation"])
-            return [dataclasses.replace(view, axes=axes)]
+            casts = view.casts
+            if name == "convert_element_type":
+                casts += (eqn.params["new_dtype"],)
+            axes = tuple(view.axes[i] for i in order)
+            return [dataclasses.replace(view, axes=axes, casts=casts)]
         if name == "dot_general":
             product = self.product(eqn, *operands)
             if product is not None:
@@ -260,7 +257,7 @@ class _Replay:
 
     def scan(self, eqn: Any, operands: list[Any], place, taps) -> tuple[list, dict]:
         params = eqn.params
-        first, second = params["num_consts"], params["num_consts"] + params["num_carry"]
+        first, second = scan_operands(params, len(operands))
         consts, carry, xs = operands[:first], operands[first:second], operands[second:]
         carry = self.arrays(carry, "the carry of a scan")
         xs = [

@@ -168,7 +168,7 @@ class Walk:
 
     def _scan(self, eqn, values, found, scope):
         params = eqn.params
-        first, second = params["num_consts"], params["num_consts"] + params["num_carry"]
+        first, second = scan_operands(params, len(values))
         length, body = params["length"], params["jaxpr"]
         inputs = []
         for i, value in enumerate(values):
@@ -395,6 +395,16 @@ class Walk:
 def _within(atom: tuple[int, int], axes: set[Atoms]) -> bool:
     n, stride = atom
     return any(s <= stride and n * stride <= s * size for ((size, s),) in axes if size)
+
+
+def scan_operands(params: Mapping[str, Any], operands: int) -> tuple[int, int]:
+    """The first operand of a scan that is carried, and the first that is sliced."""
+    if "num_consts" in params:
+        first = params["num_consts"]
+        return first, first + params["num_carry"]
+    parts = params["ft_in"].update(range(operands)).unpack()  # since JAX 0.11
+    consts, carry, _ = (len(list(x)) for x in parts)
+    return consts, consts + carry
 
 
 def jaxpr_of(params: Mapping[str, Any]) -> tuple[Jaxpr, Sequence[Any]]:
