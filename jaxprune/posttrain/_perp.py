@@ -141,6 +141,12 @@ def perp_params(
 
     Raises:
       ValueError: if `few` has a path that `params` has not, or of another shape.
+
+    Example:
+      >>> params, masks = {"w": jnp.array([[1.0, 0.0]])}, {"w": jnp.array([[True, False]])}
+      >>> few = {"w": jnp.array([[3.0, 4.0]])}
+      >>> jp.posttrain.perp_params(few, params, masks)["w"].tolist()
+      [[3.0, 0.0]]
     """
     paths, leaves, aligned = _leaves(params, masks)
     if unknown := sorted(set(few) - set(paths)):

@@ -54,3 +54,21 @@ def test_each_step_brings_the_outputs_nearer(structure):
 
     assert error(fitted.w, bias) <= error(fitted.w) < 0.5 * error(pruned)
     assert abs(float(jnp.mean(x @ w - x @ fitted.w - bias))) < 1e-5
+
+
+def test_columns_may_lie_on_several_devices():
+    _, w, inputs = _case()
+    score = scores.wanda(w, inputs.square)
+    mask = score >= jnp.median(score, axis=0)
+    mesh = jax.make_mesh((8,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
+    columns = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "n"))
+
+    @jax.jit
+    def refine(w, mask):
+        swapped = posttrain.dsnot(w, mask, inputs)
+        return swapped.mask, posttrain.refit(w, jnp.where(mask, w, 0), mask, inputs).w
+
+    alone = refine(w, mask)
+    spread = refine(*jax.device_put((w, mask), columns))
+    np.testing.assert_array_equal(spread[0], alone[0])
+    np.testing.assert_allclose(spread[1], alone[1], atol=1e-4)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import jaxprune as jp
 from jaxprune import posttrain
@@ -271,3 +272,21 @@ def test_most_of_the_loss_comes_back_at_2_4():
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call(*_case())
+
+
+def test_nnx_state_keeps_its_containers():
+    model = nnx.Sequential(
+        nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.BatchNorm(8, rngs=nnx.Rngs(0))
+    )
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    params, masks = jp.prune(params, structure=jp.NM(2, 4))
+    few = _moved(posttrain.perp_init(params, masks, rank=2, key=KEY))
+    names = ("0/bias", "0/kernel", "1/bias", "1/scale")
+    assert sorted(few) == [f"layers/{p}" for p in names]
+    new = posttrain.perp_params(few, params, masks)
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    x = jax.random.normal(KEY, (4, 8))
+    merged = nnx.merge(graph, new, rest)
+    assert (merged(x) != nnx.merge(graph, params, rest)(x)).any()
+    kept = jax.tree.leaves(masks)[0]
+    np.testing.assert_array_equal(merged.layers[0].kernel[...] == 0, ~kept)
