@@ -1,6 +1,7 @@
 """iCBS: which weights of a block to prune, as binary quadratic programs solved in turn."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -56,8 +57,9 @@ def icbs(
       inputs: `gram`.
       key: for the annealing.
       rounds: blocks a column.
-      block: weights in a block, at most K.
-      tabu: share of a column that stays out of blocks after it was in one, the last first.
+      block: weights in a block; with K or more, all take part.
+      tabu: share of a column, in whole blocks, that stays out for a while after it was in
+        one; 0 lets the same block come again.
       temperatures: of each annealing.
 
     Returns:
@@ -67,6 +69,15 @@ def icbs(
     Raises:
       ValueError: if shapes do not fit, `inputs.gram` is missing, or a number is out of
         range.
+
+    Example:
+      >>> w = jnp.array([[1.0], [1.5], [-1.25]])
+      >>> gram = jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
+      >>> mask = jnp.array([[False], [True], [False]])
+      >>> inputs = jp.calibration.Inputs(1.0, gram=gram)
+      >>> found = jp.posttrain.icbs(w, mask, inputs, key=jax.random.key(0))
+      >>> found.mask.ravel().tolist(), found.initial_error.item(), found.error.item()
+      ([True, False, False], 2.5625, 0.0625)
 
     References:
       Rosenberg et al., arXiv 2411.17796.
@@ -81,7 +92,7 @@ def icbs(
     k = w.shape[-2]
     size = min(block, k)
     one = functools.partial(
-        _columns, rounds=rounds, size=size, rest=int(tabu * k / size),
+        _columns, rounds=rounds, size=size, rest=math.ceil(tabu * k / size),
         temperatures=temperatures,
     )  # fmt: skip
     stack = w.shape[:-2]
@@ -116,11 +127,22 @@ def icbs_step(
       block: how many weights take part.
       pruned: how many of them are pruned ones; half by default.
       ridge: times the squared change of the weights is added, against moving far.
-      tabu: weights that stay out of the block, such as those of the last steps.
+      tabu: weights that stay out of the block, such as those of the last steps; not where
+        the block is the whole leaf.
       temperatures: of the annealing.
 
     Raises:
       ValueError: if shapes do not fit or a number is out of range.
+
+    Example:
+      >>> w, mask = jnp.array([1.0, 1.0]), jnp.array([True, False])
+      >>> def loss(v, x):
+      ...     return (x * (v[1] - 0.75)) ** 2 / 2
+      >>> x = jnp.array([1.0, -1.0])
+      >>> gradients = jax.vmap(jax.grad(loss), (None, 0))(jnp.where(mask, w, 0), x)
+      >>> found = jp.posttrain.icbs_step(w, mask, gradients, key=jax.random.key(0), block=2)
+      >>> found.mask.tolist()
+      [False, True]
 
     References:
       Rosenberg et al., arXiv 2411.17796, and the authors' code (`gradient_per_sample`).
@@ -200,8 +222,11 @@ def _round(w, kept, gradient, tabu, key, *, gram, size, temperatures):
 def _block(order, kept, tabu, first: int, size: int) -> tuple[Array, Array]:
     """Places of `first` pruned weights and the rest kept ones, highest order first.
 
-    Where there are fewer, places follow that are not free, all of them distinct.
+    Where there are fewer, places follow that are not free, all of them distinct. A block
+    as large as all takes everything.
     """
+    if size == len(kept):
+        return jnp.arange(size), jnp.ones(size, bool)
     lowest = jnp.where(tabu, -jnp.inf, order)
     _, back = lax.top_k(jnp.where(kept, -jnp.inf, lowest), first)
     taken = jnp.zeros(kept.shape, bool).at[back].set(True)

@@ -66,7 +66,10 @@ def perp_init(
         matrix; or `"scale_lora"`, `w * (a b)`. Both keep pruned weights at 0.
       rank: of the factors; 16 as the authors.
       alpha: of MaskLoRA; 32 as the authors.
-      key: for MaskLoRA's `a`, uniform within `±1 / √K` as in LoRA; its `b` is 0.
+      key: for the factors. MaskLoRA starts as LoRA does: `a` is uniform within `±1 / √K`,
+        `b` is 0. So does ScaleLoRA, within ±1, but for the first rank, which is 1. The
+        authors start it with all entries `1 / √rank`: there all ranks have the same
+        gradient, and stay alike for ever, as one.
 
     Returns:
       `{path: leaf or LoRA}`, in at least float32, to take gradients by. Any other leaf
@@ -138,6 +141,12 @@ def perp_params(
 
     Raises:
       ValueError: if `few` has a path that `params` has not, or of another shape.
+
+    Example:
+      >>> params, masks = {"w": jnp.array([[1.0, 0.0]])}, {"w": jnp.array([[True, False]])}
+      >>> few = {"w": jnp.array([[3.0, 4.0]])}
+      >>> jp.posttrain.perp_params(few, params, masks)["w"].tolist()
+      [[3.0, 0.0]]
     """
     paths, leaves, aligned = _leaves(params, masks)
     if unknown := sorted(set(few) - set(paths)):
@@ -182,20 +191,20 @@ def lora_init(
             f"perp_init: {path} has the shape {tuple(w.shape)}; expected a matrix [K, N] or "
             "a stack of them, to give it a LoRA. Set its mask to None."
         )
-    *stack, k, n = w.shape
-    ones = jnp.ones((*stack, k, rank)), jnp.ones((*stack, rank, n))
-    if kind == "scale_lora":
-        return LoRA(ones[0] / math.sqrt(rank), ones[1] / math.sqrt(rank), None)
     if key is None:
         raise ValueError(
-            "perp_init: kind='mask_lora' draws its factors, but got key=None. Give "
+            f"perp_init: kind={kind!r} draws its factors, but got key=None. Give "
             "key=jax.random.key(0), or another."
         )
-    bound = 1 / math.sqrt(k)
-    draw = jax.random.uniform(
-        jax.random.fold_in(key, place), ones[0].shape, jnp.float32, -bound, bound
+    *stack, k, n = w.shape
+    bound = 1.0 if kind == "scale_lora" else 1 / math.sqrt(k)
+    a = jax.random.uniform(
+        jax.random.fold_in(key, place), (*stack, k, rank), jnp.float32, -bound, bound
     )
-    return LoRA(draw, 0 * ones[1], alpha / rank)
+    b = jnp.zeros((*stack, rank, n), jnp.float32)
+    if kind == "scale_lora":
+        return LoRA(a.at[..., 0].set(1), b.at[..., 0, :].set(1), None)
+    return LoRA(a, b, alpha / rank)
 
 
 def _check_kinds(kinds: tuple[str, ...], rank: int) -> None:

@@ -103,6 +103,17 @@ def reconstruct(
     Raises:
       ValueError: if shapes do not fit, `inputs.gram` is missing, or a number is below 1.
 
+    Example:
+      >>> w = jnp.array([[1.0], [1.0]])
+      >>> mask = jnp.array([[True], [False]])
+      >>> gram = jnp.array([[1.0, 0.5], [0.5, 1.0]])
+      >>> found = jp.posttrain.reconstruct(
+      ...     w, jnp.where(mask, w, 0), mask, jp.calibration.Inputs(1.0, gram=gram),
+      ...     key=jax.random.key(0),
+      ... )
+      >>> jnp.round(found.w, 2).ravel().tolist()
+      [1.5, 0.0]
+
     References:
       Zimmer et al., arXiv 2312.15230 (layer-wise reconstruction).
     """

@@ -111,7 +111,7 @@ def test_stacks_are_matrices_side_by_side(name):
     assert found.w.shape == (2, K, N)
     assert found.error.shape == (2, N)
     assert (found.error.sum(1) < 0.6 * found.initial_error.sum(1)).all()
-    if name != "mask_lora":  # whose factors are drawn for the stack
+    if name == "refit":  # the factors of the others are drawn for the stack
         np.testing.assert_allclose(found.w[1], FITS[name](*cases[1]).w, atol=1e-3)
 
 
