@@ -114,7 +114,7 @@ def prune(
     last = _check_blocks(found, wanted)
     names = tuple(dict.fromkeys((*method.statistics, *statistics)))
     settings = {
-        "method": method, "sparsity": sparsity, "structure": structure,
+        "method": method.name, "sparsity": sparsity, "structure": structure,
         "allocation": allocation, "pruned": sorted(wanted), "refine": refine,
         "statistics": names, "propagate_error": propagate_error,
         "batch_axes": batch_axes,

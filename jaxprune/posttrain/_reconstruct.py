@@ -28,7 +28,7 @@ class Fitted(NamedTuple):
     initial_error: Float[Array, "*stack N"]
 
 
-def refit(
+def pcg(
     w_dense: Float[Array, "*stack K N"],
     w: Float[Array, "*stack K N"],
     mask: Bool[Array, "*stack K N"],
@@ -40,7 +40,8 @@ def refit(
 
     Minimises `(w_dense - w)ᵀ E[x xᵀ] (w_dense - w)` of each column over its kept weights,
     all columns at once, scaled by the diagonal. With as many steps as kept weights this is
-    the optimum, in exact arithmetic; some tens come near. No column gets worse.
+    the optimum, in exact arithmetic; some tens come near. No column gets worse. `refit`
+    solves the same exactly, at a cost of `K³` for each column.
 
     Args:
       w_dense: weights before pruning.
@@ -57,11 +58,11 @@ def refit(
       >>> mask = jnp.array([[True], [False]])
       >>> gram = jnp.array([[1.0, 0.5], [0.5, 1.0]])
       >>> inputs = jp.calibration.Inputs(1.0, gram=gram)
-      >>> found = jp.posttrain.refit(w, jnp.where(mask, w, 0), mask, inputs)
+      >>> found = jp.posttrain.pcg(w, jnp.where(mask, w, 0), mask, inputs)
       >>> found.w.ravel().tolist(), found.initial_error.item(), found.error.item()
       ([1.5, 0.0], 1.0, 0.75)
     """
-    gram = _check("refit", w_dense, w, mask, inputs, steps)
+    gram = _check("pcg", w_dense, w, mask, inputs, steps)
     one = functools.partial(_conjugate_gradients, steps=steps)
     return _given.over_stack(one, w.ndim)(w_dense, w, mask, gram)
 
@@ -83,7 +84,7 @@ def reconstruct(
     The loss is the mean squared error of the outputs, which `gram` gives without the
     inputs; relative to the dense outputs, and the weights to their size, so that the
     optimizer need not know them. The authors instead run the inputs of a whole block
-    through it, in batches. `refit` finds what no rank limits; this keeps nearer to the
+    through it, in batches. `pcg` finds what no rank limits; this keeps nearer to the
     weights, which matters where there are few calibration rows.
 
     Args:

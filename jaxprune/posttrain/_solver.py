@@ -53,6 +53,7 @@ class Solver(NamedTuple):
     """A way of pruning one matrix, or each of a stack.
 
     Attributes:
+      name: with its options.
       statistics: fields of `Inputs` that it needs.
       solve: `solve(w, inputs, sparsity, structure) -> Solution`. The matrices `w` are
         `[*stack, K, N]`, in float32 or less, and `inputs` have the same `[*stack]`.
@@ -60,6 +61,7 @@ class Solver(NamedTuple):
         compiled once for each shape and set of options.
     """
 
+    name: str
     statistics: tuple[str, ...]
     solve: Callable[[Array, Inputs, Sparsity, Structure], Solution]
 
@@ -103,7 +105,8 @@ def solver(
         check_solved(name, found)
         return found
 
-    return Solver(statistics, solve)
+    spelled = ", ".join(f"{k}={v!r}" for k, v in {"group": group, **options}.items())
+    return Solver(f"{name}({spelled})", statistics, solve)
 
 
 # The counts are arguments: layers of one shape share a program, whatever their sparsity.

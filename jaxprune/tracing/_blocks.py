@@ -16,7 +16,7 @@ from jaxtyping import Array
 from jaxprune import _tree
 from jaxprune._tree import PyTree
 from jaxprune.tracing._replay import bind
-from jaxprune.tracing._walk import CALLS, jaxpr_of
+from jaxprune.tracing._walk import CALLS, jaxpr_of, scan_operands
 
 BlockOf = Callable[[str], str | None]
 _NUMBERED = re.compile(r"^(?:[^/]*/)*?[^/]*\d[^/]*(?=/|$)")
@@ -342,8 +342,7 @@ class _Cutter:
 
     def iterations(self, op: _Op, layered: list[int], before: _Piece) -> list[_Piece]:
         params = op.eqn.params
-        consts = params["num_consts"]
-        first = consts + params["num_carry"]
+        consts, first = scan_operands(params, len(op.ins))
         body = params["jaxpr"]
 
         carry = [self.rest(x, before) for x in op.ins[consts:first]]

@@ -40,7 +40,7 @@ def test_each_step_brings_the_outputs_nearer(structure):
     @jax.jit
     def refine(mask):
         swapped = posttrain.dsnot(w, mask, inputs, structure=structure)
-        fitted = posttrain.refit(w, jnp.where(swapped.mask, w, 0), swapped.mask, inputs)
+        fitted = posttrain.pcg(w, jnp.where(swapped.mask, w, 0), swapped.mask, inputs)
         bias = posttrain.bias_correction(w, fitted.w, inputs)
         return swapped, fitted, bias
 
@@ -66,7 +66,7 @@ def test_columns_may_lie_on_several_devices():
     @jax.jit
     def refine(w, mask):
         swapped = posttrain.dsnot(w, mask, inputs)
-        return swapped.mask, posttrain.refit(w, jnp.where(mask, w, 0), mask, inputs).w
+        return swapped.mask, posttrain.pcg(w, jnp.where(mask, w, 0), mask, inputs).w
 
     alone = refine(w, mask)
     spread = refine(*jax.device_put((w, mask), columns))

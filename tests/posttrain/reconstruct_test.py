@@ -36,7 +36,7 @@ def _errors(x, w_dense, w):
 
 
 FITS = {
-    "refit": jax.jit(posttrain.refit, static_argnames="steps"),
+    "pcg": jax.jit(posttrain.pcg, static_argnames="steps"),
     "mask_lora": jax.jit(
         lambda *a: posttrain.reconstruct(*a, kind="mask_lora", rank=8, key=KEY)
     ),
@@ -62,9 +62,9 @@ def test_errors_fall_and_zeros_stay(name, dtype):
     np.testing.assert_allclose(found.initial_error, _errors(x, dense, w), rtol=1e-3)
 
 
-def test_refit_is_least_squares():
+def test_pcg_is_least_squares():
     x, dense, w, mask, inputs = _case()
-    found = FITS["refit"](dense, w, mask, inputs, steps=K)
+    found = FITS["pcg"](dense, w, mask, inputs, steps=K)
     for n in range(N):
         kept = np.asarray(mask)[:, n]
         best, *_ = np.linalg.lstsq(x[:, kept], x @ np.asarray(dense)[:, n], rcond=None)
@@ -73,7 +73,7 @@ def test_refit_is_least_squares():
 
 def test_lora_lies_between_its_start_and_the_optimum():
     _, dense, w, mask, inputs = _case()
-    best = FITS["refit"](dense, w, mask, inputs, steps=K).error.sum()
+    best = FITS["pcg"](dense, w, mask, inputs, steps=K).error.sum()
     for name in ("mask_lora", "scale_lora"):
         found = FITS[name](dense, w, mask, inputs)
         assert best * 0.999 <= found.error.sum() < found.initial_error.sum()
@@ -111,25 +111,25 @@ def test_stacks_are_matrices_side_by_side(name):
     assert found.w.shape == (2, K, N)
     assert found.error.shape == (2, N)
     assert (found.error.sum(1) < 0.6 * found.initial_error.sum(1)).all()
-    if name == "refit":  # the factors of the others are drawn for the stack
+    if name == "pcg":  # the factors of the others are drawn for the stack
         np.testing.assert_allclose(found.w[1], FITS[name](*cases[1]).w, atol=1e-3)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda *a: posttrain.refit(*a, steps=0), "refit: got steps=0"),
+        (lambda *a: posttrain.pcg(*a, steps=0), "pcg: got steps=0"),
         (
-            lambda d, w, m, i: posttrain.refit(d[:2], w, m, i),
-            "refit: w_dense has the shape (2, 10), but w has (24, 10)",
+            lambda d, w, m, i: posttrain.pcg(d[:2], w, m, i),
+            "pcg: w_dense has the shape (2, 10), but w has (24, 10)",
         ),
         (
-            lambda d, w, m, i: posttrain.refit(d, w, m, i._replace(gram=None)),
-            "refit: inputs.gram is None",
+            lambda d, w, m, i: posttrain.pcg(d, w, m, i._replace(gram=None)),
+            "pcg: inputs.gram is None",
         ),
         (
-            lambda d, w, m, i: posttrain.refit(d, w, m, i._replace(gram=jnp.eye(3))),
-            "refit: inputs.gram has the shape (3, 3); expected (24, 24)",
+            lambda d, w, m, i: posttrain.pcg(d, w, m, i._replace(gram=jnp.eye(3))),
+            "pcg: inputs.gram has the shape (3, 3); expected (24, 24)",
         ),
         (
             lambda *a: posttrain.reconstruct(*a, kind="bias", key=KEY),
