@@ -115,7 +115,7 @@ def outlier_ratio(scores: Any, *, multiple: float = 5.0) -> Float[Array, ""]:
 
     Args:
       scores: a tree of scores of one block, as `jaxprune.scores.wanda` gives them.
-      multiple: `M`; 5 as the authors' code, 5 or 7 in the paper.
+      multiple: `M`; 5 as in the authors' commands for LLaMA.
 
     Returns:
       A share in [0, 1], float32. The authors give it in percent, which `owl` makes no

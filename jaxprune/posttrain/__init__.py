@@ -3,12 +3,10 @@
 from ._alps import alps as alps
 from ._bias import bias_correction as bias_correction
 from ._contrast import contrast_mask as contrast_mask
-from ._distill import SelfData as SelfData
 from ._distill import cross_entropy as cross_entropy
 from ._distill import distill as distill
 from ._distill import distill_hidden as distill_hidden
 from ._distill import distill_logits as distill_logits
-from ._distill import self_data as self_data
 from ._dsnot import dsnot as dsnot
 from ._given import Refined as Refined
 from ._icbs import Step as Step
@@ -31,6 +29,8 @@ from ._refit import refit as refit
 from ._report import Report as Report
 from ._report import Row as Row
 from ._ria import ria as ria
+from ._self_data import SelfData as SelfData
+from ._self_data import self_data as self_data
 from ._solver import Group as Group
 from ._solver import Solution as Solution
 from ._solver import Solver as Solver
