@@ -337,8 +337,15 @@ class _Cutter:
         if op.eqn is None or op.eqn.primitive.name != "scan":
             return []
         first = op.eqn.params["num_consts"] + op.eqn.params["num_carry"]
-        found = [i for i, x in enumerate(op.ins) if i >= first and self.names(_just(x))]
-        return found if op.eqn.params["length"] > 1 else []
+        found = [i for i, x in enumerate(op.ins) if i >= first and self.sources([x])]
+        # A layer of "layers/up/kernel" is called "layers/0".
+        named = found and self.block_of(f"{self.layers_of(op, found)}/0/leaf")
+        return found if named and op.eqn.params["length"] > 1 else []
+
+    def layers_of(self, op: _Op, layered: Sequence[int]) -> str:
+        """What the paths of layered leaves begin with."""
+        sources = self.sources([op.ins[i] for i in layered])
+        return _common([self.leaves[x] for x in sources])
 
     def iterations(self, op: _Op, layered: list[int], before: _Piece) -> list[_Piece]:
         params = op.eqn.params
@@ -352,8 +359,7 @@ class _Cutter:
             for i, x in enumerate(op.ins)
             if i >= first and i not in layered
         }
-        paths = [self.leaves[sources[i][0]] for i in layered]
-        name = _common(paths)
+        name = self.layers_of(op, layered)
         pieces = []
         order = range(params["length"])
         for layer in reversed(order) if params["reverse"] else order:
@@ -522,10 +528,6 @@ def _take_last(ops: list[_Op], count: int) -> list[_Op]:
     found = ops[len(ops) - count :]
     del ops[len(ops) - count :]
     return found
-
-
-def _just(x: Any) -> _Op:
-    return _Op(None, (x,), ())
 
 
 def _common(paths: Sequence[str]) -> str:

@@ -134,7 +134,7 @@ def test_structures_allocations_and_where():
     assert masks["params"]["layers_1"]["down"]["kernel"] is None
     _, _, report = posttrain.prune(
         fn, params, batches(), method=posttrain.magnitude(),
-        allocation={"layers_0/*": 0.25, "*": 0.75},
+        allocation={"*": 0.75, "layers_0/*": 0.25},
     )  # fmt: skip
     assert [r.sparsity for r in report.rows] == [0.25, 0.25, 0.75, 0.75, 0.75, 0.75]
     with pytest.raises(ValueError, match="allocation: got 'global'"):
@@ -154,7 +154,7 @@ def test_killed_and_resumed(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(directory=tmp_path / "run", progress=stop)
-    assert seen == [("layers/0", 0, 3), ("layers/1", 1, 3), ("layers/2", 2, 3)]
+    assert seen == [("", 0, 4), ("layers/0", 1, 4), ("layers/1", 2, 4)]
     resumed = run(directory=tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, resumed[:2], whole[:2])
     drop = [[r._replace(seconds=0) for r in x[2].rows] for x in (resumed, whole)]
