@@ -11,7 +11,7 @@ from jaxprune.acceleration._packing import Packed, Packing, layout_of
 from jaxprune.acceleration._sites import Site
 from jaxprune.formats import BlockSparseArray, NMArray
 
-FEW = 64  # rows of x up to which there is a kernel for N:M
+_FEW = 64  # rows of x up to which there is a kernel for N:M
 
 
 class _Device(NamedTuple):
@@ -132,15 +132,19 @@ def packed_seconds(
     if not isinstance(packed, NMArray):
         return math.nan, f"no kernel on {kind} for bitmaps, and the time is not known"
     stack = math.prod(packed.shape[: -len(packed.layout.shape)])
-    moved = packed.nbytes / stack + size * m * (k + n)
-    work = _working(device, m, k, n, device.share[0], size)
+    held = packed.nbytes / stack
+    if _decodes(device, m, packed, dtype) and not transpose:
+        work = _working(device, m, k, n, device.share[0], size)
+        moved = (held + size * m * (k + n)) / device.bandwidth
+        return max(work, moved, k * n / device.decoded), ""
+    written = (held + size * k * n) / device.bandwidth
+    return written + dense_seconds(m, k, n, dtype, kind), ""
+
+
+def _decodes(device: _Device, m: int, packed: NMArray, dtype) -> bool:
+    """Whether there is a kernel that writes nothing out to memory."""
     both = packed.dtype == dtype == jnp.bfloat16
-    if device.decoded and m <= FEW and packed.coding == "words" and both:
-        if not transpose:
-            decoding = k * n / device.decoded
-            return max(work, decoding, moved / device.bandwidth), ""
-    # Written out, and read again.
-    return max(work, (moved + 2 * size * k * n) / device.bandwidth), ""
+    return both and m <= _FEW and packed.coding == "words" and device.decoded > 0
 
 
 def _working(device, m, k, n, share, size) -> float:

@@ -75,11 +75,15 @@ def predict(
 def _named(shapes: Any) -> dict[str, Shape]:
     if isinstance(shapes, Mapping):
         found = dict(shapes)
-    else:
-        shapes = list(shapes)
+    elif isinstance(shapes, Sequence):
         if shapes and not any(isinstance(x, Sequence) for x in shapes):
             shapes = [shapes]
         found = {" x ".join(map(str, x)): x for x in shapes}
+    else:
+        raise TypeError(
+            f"shapes: got {shapes!r}; expected (rows of x, K, N), several of them, or a "
+            "mapping from names to them."
+        )
     for name, shape in found.items():
         if len(shape) != 3 or not all(isinstance(x, int) and x > 0 for x in shape):
             raise ValueError(
