@@ -150,17 +150,14 @@ def _why_none(
     dense = candidates[0]
     if not known:
         return "; ".join(dict.fromkeys(c.reason for c in candidates[1:]))
-    fastest = {c.format.split("(")[0]: c for c in reversed(known)}
-    if aim.prefer == "memory":
-        needed = f"the most is {aim.slowdown}, and less memory"
-        each = (
-            f"{c.format} takes {c.seconds / dense.seconds:.3g} times as long"
-            for c in reversed(fastest.values())
-        )
-    else:
-        needed = f"expected {_WORTH}"
-        each = (
-            f"{c.format} is {dense.seconds / c.seconds:.2f} times as fast"
-            for c in reversed(fastest.values())
-        )
-    return f"{', '.join(each)}: {needed}"
+    fastest: dict[str, Candidate] = {}
+    for c in known:
+        fastest.setdefault(c.format.split("(")[0], c)
+    if aim.prefer == "speed":
+        each = (f"{c.format} {dense.seconds / c.seconds:.2f}" for c in fastest.values())
+        return f"{', '.join(each)} times as fast; expected {_WORTH}"
+    each = (f"{c.format} {c.seconds / dense.seconds:.2f}" for c in fastest.values())
+    return (
+        f"{', '.join(each)} times as long as dense; expected {aim.slowdown} at most, "
+        "and fewer bytes"
+    )

@@ -144,8 +144,8 @@ def test_reasons_for_leaving_a_leaf_dense():
     reasons = {c.path: c.reason for c in report.choices}
     assert "never" not in reasons
     assert [c.path for c in report.choices if c.go] == ["twice"]
-    assert reasons["scattered"].endswith("as fast: expected 1.1")
-    assert "Bitmap is 0." in reasons["scattered"]
+    assert reasons["scattered"].endswith("times as fast; expected 1.1")
+    assert "Bitmap 0." in reasons["scattered"]
     assert "not followed further" in reasons["table"]
     assert reasons["unused"] == "not used in a product"
     masked = jp.masks.apply(params, masks)

@@ -67,6 +67,19 @@ def test_a_leaf_used_twice_is_packed_once():
     np.testing.assert_allclose(found, both_ways(params, x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_gradient_inside_the_function():
+    params, masks = pruned(jp.Block(64, 64), 512, 256)
+
+    def fn(p, x):
+        return jax.value_and_grad(lambda x: jnp.sum(jnp.tanh(x @ p["w"])))(x)
+
+    x = jax.random.normal(KEY, (256, 512))
+    fast, packed, report = jp.accelerate(fn, params, masks, x)
+    assert report.choices[0].go and report.choices[0].rows == 512
+    for found, wanted in zip(jax.jit(fast)(packed, x), fn(params, x), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+
+
 def test_a_transposed_leaf_in_a_scan_with_checkpoints():
     params, _ = pruned(jp.Block(32, 32), 3, 64, 64)
     packed = {"w": jp.formats.pack(params["w"], params["w"] != 0, BLOCK)}
