@@ -115,7 +115,7 @@ def packed_seconds(
       transpose: whether it is contracted over what it produces otherwise.
     """
     if kind == "cpu":
-        return _seconds_on_cpu(m, packed), ""
+        return _seconds_on_cpu(m, packed, transpose), ""
     device, size = _DEVICES[kind], jnp.dtype(dtype).itemsize
     k, n = packed.layout.matrix
     if isinstance(packed, BlockSparseArray):
@@ -127,7 +127,9 @@ def packed_seconds(
         density = packed.capacity / math.prod(packed.grid)
         share = device.share[max(b for b in device.share if b <= block)]
         work = _working(device, m, k, n, share, size) * density
-        moved = size * (m * k + density * k * n + m * n) / device.bandwidth
+        # On TPU the blocks are brought to the order of their rows first.
+        reads = 3 if transpose and not kind.startswith("h") else 1
+        moved = size * (m * k + reads * density * k * n + m * n) / device.bandwidth
         return max(work, moved), ""
     if not isinstance(packed, NMArray):
         return math.nan, f"no kernel on {kind} for bitmaps, and the time is not known"
@@ -151,18 +153,20 @@ def _working(device, m, k, n, share, size) -> float:
     return 2 * m * k * n * (size / 2) / (device.flops * share)
 
 
-def _seconds_on_cpu(m: int, packed: Packed) -> float:
+def _seconds_on_cpu(m: int, packed: Packed, transpose: bool) -> float:
     """Read off `benchmarks/block_sparse_cpu.py` and `go_no_go.py`, in float32 on a core.
 
     A weight in a block costs more than one in a dense matrix, the smaller the block the
-    more; a call costs something by itself, and so does cutting x and y to stretches.
+    more; a call costs something by itself, and so does cutting x and y to stretches. For
+    few rows of x, blocks are brought to the order of their rows before the transpose.
     N:M and bitmaps are written out before they are multiplied.
     """
     k, n = packed.layout.matrix
     if isinstance(packed, BlockSparseArray):
         each = next(each for rows, each in _EACH if m <= rows)[packed.block[0]]
         kept = packed.capacity / math.prod(packed.grid) * k * n
-        return (_CALL + kept * _weight(m) * each + m * (k + n) * 1.0) * 1e-9
+        moved = kept * 0.5 if transpose and m <= 63 else 0.0
+        return (_CALL + kept * _weight(m) * each + moved + m * (k + n) * 1.0) * 1e-9
     written = _WRITTEN[packed.coding] if isinstance(packed, NMArray) else 1.1
     return (_CALL + k * n * (_weight(m) + written)) * 1e-9
 

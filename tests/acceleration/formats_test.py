@@ -67,6 +67,18 @@ def test_a_leaf_used_twice_is_packed_once():
     np.testing.assert_allclose(found, both_ways(params, x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_transpose_costs_more_where_blocks_are_reordered():
+    params, masks = pruned(jp.Block(128, 128), 512, 512)
+
+    def speedup(fn, device):
+        x = jnp.ones((4, 512))
+        return jp.accelerate(fn, params, masks, x, device=device)[2].choices[0].speedup
+
+    for device in ("cpu", "v5e"):
+        forward = speedup(lambda p, x: x @ p["w"], device)
+        assert 1 < speedup(lambda p, x: x @ p["w"] @ p["w"].T, device) < forward
+
+
 def test_a_gradient_inside_the_function():
     params, masks = pruned(jp.Block(64, 64), 512, 256)
 
