@@ -140,7 +140,10 @@ def _check_held(held: dict[str, Any], wanted: dict[str, np.ndarray]) -> None:
 
 def _packed_already(path: str, leaf: Any, sites, others) -> Choice:
     size = math.prod(leaf.shape)
+    own = {tuple(sorted(leaf.layout.axes)), tuple(sorted(leaf.layout.out_axes))}
     reason = _choose.why_dense(leaf.shape, sites, others)
+    if not reason and set(sites[0].axes) != own:
+        reason = "contracted over other axes than those that it was packed for"
     return Choice(
         path=path,
         shape=tuple(leaf.shape),

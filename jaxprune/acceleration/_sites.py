@@ -1,5 +1,6 @@
 """Where the leaves of a function are contracted, and the same function on packed ones."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +55,7 @@ def uses(
       args: its other arguments, or shapes of them.
       wanted: paths of the leaves to follow.
     """
-    sites: dict[str, list[Site]] = {}
+    sites: dict[str, collections.Counter[Site]] = {}
     others: dict[str, list[str]] = {}
     paths, leaves, treedef = _tree.flatten(params)
 
@@ -66,8 +67,8 @@ def uses(
         if dtype is None:
             others.setdefault(view.path, []).append(f"a product of {x.dtype}")
         axes = tuple(sorted(over)), tuple(sorted(left))
-        found = Site(rows, axes, times, dtype, options["precision"])
-        sites.setdefault(view.path, []).append(found)
+        site = Site(rows, axes, 1, dtype, options["precision"])
+        sites.setdefault(view.path, collections.Counter())[site] += times
         leaf = view.cast(view.value.transpose(view.axes))
         return lax.dot_general(x, leaf, ((x_axes, view_axes), ((), ())), **options)
 
@@ -90,7 +91,11 @@ def uses(
         return replay(closed, operands, contract=contract, dense=dense)
 
     jax.eval_shape(run, leaves, args)
-    return sites, others
+    found = {
+        path: [site._replace(times=times) for site, times in counts.items() if times]
+        for path, counts in sites.items()
+    }
+    return found, others
 
 
 def call(

@@ -234,6 +234,39 @@ def test_a_packed_leaf_that_is_written_out_says_so():
     np.testing.assert_array_equal(fast(packed, 3), w[3])
 
 
+def test_packed_for_other_axes():
+    w = dense(8, 8, 8)
+    block = jp.Block(4, 4, axis=(0, 1), out_axis=2)
+    packed = {"w": jp.formats.pack(w, w != 0, block)}
+
+    def fn(p, x):
+        return jnp.einsum("mk,khd->mhd", x, p["w"])
+
+    x = jax.random.normal(KEY, (4, 8))
+    fast, _, report = jp.accelerate(fn, packed, {"w": None}, x)
+    assert "written out: contracted over other axes" in report.choices[0].reason
+    np.testing.assert_allclose(fast(packed, x), fn({"w": w}, x), rtol=1e-5, atol=1e-5)
+
+
+def test_products_that_are_never_done_or_done_again():
+    params, masks = pruned(jp.Block(64, 64), 512, 512)
+
+    def fn(p, x, length):
+        return jax.lax.scan(lambda x, _: (x @ p["w"] @ p["w"], None), x, length=length)[
+            0
+        ]
+
+    x = jnp.ones((16, 512))
+    for length, rows in ((0, 0), (3, 96)):
+        _, _, report = jp.accelerate(
+            lambda p, x, n=length: fn(p, x, n), params, masks, x
+        )
+        assert report.choices[0].rows == rows and report.choices[0].go == (rows > 0)
+    assert "not used in a product" in str(
+        jp.accelerate(lambda p, x: fn(p, x, 0), params, masks, x)[2]
+    )
+
+
 def test_integers_with_a_scale():
     w = jnp.round(dense(64, 64) * 50).astype(jnp.int8)
     packed = {"w": jp.formats.pack(w, w != 0, ANY), "scale": jnp.ones(64) / 50}
