@@ -167,7 +167,8 @@ def _seconds_on_cpu(m: int, packed: Packed, transpose: bool) -> float:
         kept = packed.capacity / math.prod(packed.grid) * k * n
         moved = kept * 0.5 if transpose and m <= 63 else 0.0
         return (_CALL + kept * _weight(m) * each + moved + m * (k + n) * 1.0) * 1e-9
-    written = _WRITTEN[packed.coding] if isinstance(packed, NMArray) else 1.1
+    coding = packed.coding if isinstance(packed, NMArray) else "any"
+    written = _WRITTEN[coding][k * n > 1 << 20]
     return (_CALL + k * n * (_weight(m) + written)) * 1e-9
 
 
@@ -177,7 +178,11 @@ def _weight(m: int) -> float:
 
 
 _CALL = 25e3
-_WRITTEN = {"places": 0.3, "bitmap": 1.0, "words": 1.2}  # nanoseconds for a weight
+# Nanoseconds to write out a weight of N:M, by its coding, or of a bitmap; and in matrices of
+# more than 2**20 weights, which leave the cache.
+_WRITTEN = {
+    "places": (0.2, 0.8), "bitmap": (1.0, 4.0), "words": (1.2, 4.0), "any": (1.0, 2.0)
+}  # fmt: skip
 # By rows of x at most: a weight's cost in blocks of an extent, over that of a dense one.
 _EACH = (
     (4, {256: 0.9, 128: 0.9, 64: 0.9, 32: 0.95}),
