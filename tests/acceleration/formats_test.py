@@ -57,6 +57,26 @@ def test_contracted_over_both_axes(structure, known):
     )
 
 
+@pytest.mark.parametrize("structure", [BLOCK, NM, ANY], ids=["block", "nm", "bitmap"])
+def test_types_of_products_and_gradients(structure):
+    half = jnp.bfloat16
+    w = jnp.zeros((256, 128), half).at[::4, ::4].set(1)
+    packed = {"w": jp.formats.pack(w, w != 0, structure)}
+    fast, _, _ = jp.accelerate(both_ways, packed, {"w": None}, jnp.ones((8, 256), half))
+
+    def gradient(values, x):
+        return jax.grad(
+            lambda v, x: fast(jp.formats.with_values(packed, v), x).sum(), (0, 1)
+        )(values, x)
+
+    x = jax.ShapeDtypeStruct((8, 256), half)
+    values = jp.formats.values(packed)
+    found = jax.eval_shape(gradient, values, x)
+    assert found == jax.eval_shape(lambda: (values, jnp.zeros(x.shape, half)))
+    widened = jax.eval_shape(fast, packed, jax.ShapeDtypeStruct((8, 256), jnp.float32))
+    assert widened.dtype == jnp.float32
+
+
 def test_a_leaf_used_twice_is_packed_once():
     params, masks = pruned(jp.Block(64, 64), 512, 512)
     x = jax.random.normal(KEY, (256, 512))
