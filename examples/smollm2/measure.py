@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,32 +18,36 @@ from smollm2 import model
 Logits = Callable[..., Float[Array, "b s vocab"]]
 
 
-def perplexity(
+def losses(
     logits: Logits,
-    params,
+    params: Any,
     windows: Int[np.ndarray, "count length"],
     *,
     title: str,
-) -> float:
-    """exp of the mean loss of all tokens but the first of each window.
+) -> Float[np.ndarray, "count"]:
+    """The mean loss of each window, of all its tokens but the first.
 
     Args:
-        logits: A pure function of params and ids, `[1, length]`; put it under `jax.jit`
-            to compile it once for several calls.
+        logits: A pure function of params and ids, `[1, length]`, under `jax.jit`: passed
+            again, it is not compiled again.
         params: Its params.
         windows: Token ids.
         title: The text beside the progress bar.
     """
-    losses = []
+    found = []
     with rich.progress.Progress(transient=True) as progress:
         for ids in progress.track(windows, description=title):
-            found = logits(params, ids[None])
-            losses.append(_loss(found[0], ids))
-    return float(np.exp(np.mean(losses, dtype=np.float64)))
+            found.append(float(loss(logits(params, ids[None])[0], ids)))
+    return np.array(found)
+
+
+def perplexity(losses: Float[np.ndarray, "count"]) -> float:
+    """exp of the mean over all tokens; windows are as long as each other."""
+    return float(np.exp(losses.mean()))
 
 
 @jax.jit
-def _loss(logits: Float[Array, "s vocab"], ids: Int[Array, "s"]) -> Float[Array, ""]:
+def loss(logits: Float[Array, "s vocab"], ids: Int[Array, "s"]) -> Float[Array, ""]:
     return optax.softmax_cross_entropy_with_integer_labels(logits[:-1], ids[1:]).mean()
 
 

@@ -79,8 +79,17 @@ class SmolLM(nn.Module):
         return embed.attend(nn.RMSNorm(epsilon=config.eps, name="norm")(x))
 
 
-def stack(params: nnx.State) -> dict[str, Any]:
+def stack(params: Any) -> dict[str, Any]:
     """The params of the NNX model, or its masks, as those of this one."""
-    pure = nnx.to_pure_dict(params)
+    pure = nnx.to_pure_dict(nnx.State(params))
     layers = [layer for _, layer in sorted(pure["layers"].items())]
     return pure | {"layers": jax.tree.map(lambda *xs: jnp.stack(xs), *layers)}
+
+
+def unstack(params: dict[str, Any]) -> dict[str, Any]:
+    """The params of this model, or its masks, as those of the NNX model."""
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    layers = {
+        i: jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count)
+    }
+    return params | {"layers": layers}

@@ -6,6 +6,7 @@ import pathlib
 import struct
 import tarfile
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -15,6 +16,15 @@ DEB = "r-cran-janeaustenr_1.0.0-1_all.deb"
 
 _DATA = "./usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
 _STRINGS, _STRING = 16, 9  # types of R objects: a vector of strings, and a string
+
+
+class Windows(NamedTuple):
+    """Which windows of a text, so that all numbers are of the same tokens."""
+
+    title: str
+    count: int
+    length: int
+    digest: str
 
 
 def novel(data_dir: str | pathlib.Path, title: str) -> str:
@@ -35,10 +45,10 @@ def novel(data_dir: str | pathlib.Path, title: str) -> str:
             "download r-cran-janeaustenr=1.0.0-1. Elsewhere copy the file from a mirror of "
             "Debian, pool/main/r/r-cran-janeaustenr."
         )
-    found = {lines[0].title(): "\n".join(lines) for lines in _vectors(_database(path))}
-    if title.title() not in found:
+    found = {lines[0].lower(): "\n".join(lines) for lines in _vectors(_database(path))}
+    if title.lower() not in found:
         raise ValueError(f"title: got {title!r}; there are {', '.join(sorted(found))}.")
-    return found[title.title()]
+    return found[title.lower()]
 
 
 def encode(
@@ -46,8 +56,8 @@ def encode(
 ) -> Int[np.ndarray, "count length"]:
     """Token ids of `count` windows, evenly spaced over the whole text.
 
-    The text is cut into pieces of `length` tokens, of which every n-th is taken from the
-    first on; what is left at the end is not used.
+    The text is cut into pieces of `length` tokens, of which some are taken, the first
+    among them; what is left at the end is no piece.
 
     Raises:
         ValueError: If the text is too short.
@@ -67,15 +77,26 @@ def digest(windows: Int[np.ndarray, "count length"]) -> str:
     return hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest()[:16]
 
 
-def check(name: str, windows: Int[np.ndarray, "count length"], wanted: str) -> None:
-    """Raises `ValueError` unless these are the windows that the numbers were made on."""
+def check(windows: Int[np.ndarray, "count length"], wanted: Windows) -> None:
+    """Raises `ValueError` unless these are the windows that numbers were made on."""
     found = digest(windows)
-    if found != wanted:
+    if (*windows.shape, found) != wanted[1:]:
         raise ValueError(
-            f"{name}: {windows.shape[0]} windows of {windows.shape[1]} tokens have the "
-            f"digest {found}; want {wanted}. The text or the tokenizer is another one, and "
-            "perplexities would not be comparable: install the versions that are pinned."
+            f"{wanted.title}: {windows.shape[0]} windows of {windows.shape[1]} tokens have "
+            f"the digest {found}; want {wanted.count} of {wanted.length} with "
+            f"{wanted.digest}. Text or tokenizer are others than perplexities were measured "
+            "on: install the versions that the Makefile pins."
         )
+
+
+def read(
+    data_dir: str | pathlib.Path, tokenizer: tokenizers.Tokenizer, wanted: Windows
+) -> Int[np.ndarray, "count length"]:
+    """Windows of a novel, checked; raises what `novel`, `encode` and `check` raise."""
+    found = novel(data_dir, wanted.title)
+    windows = encode(tokenizer, found, count=wanted.count, length=wanted.length)
+    check(windows, wanted)
+    return windows
 
 
 def _database(path: pathlib.Path) -> bytes:
