@@ -209,7 +209,7 @@ def load(data_dir: pathlib.Path, tokenizer) -> dict[str, np.ndarray]:
     corpus = "\n\n".join(document for _, document in brown.documents(data_dir))
     corpus = re.sub(r"([;?!])\1", r"\1", corpus)  # which the corpus writes twice
     windows[BROWN.title] = text.encode(
-        tokenizer, corpus, count=BROWN.count, length=BROWN.length
+        tokenizer, corpus, count=BROWN.pieces, length=BROWN.length
     )
     text.check(windows[BROWN.title], BROWN)
     for name, ids in windows.items():

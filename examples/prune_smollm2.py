@@ -14,6 +14,7 @@ for.
 
 import argparse
 import collections
+import itertools
 import json
 import pathlib
 import subprocess
@@ -82,34 +83,28 @@ def main() -> None:
         console.print(f"{wanted.title}: {ids.size:,} tokens in {len(ids)} windows.")
     prompts = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
     complete = measure.completer(nnx.split(lm)[0], prompts, length=COMPLETED)
-    table = rich.table.Table("", *map(_right, ("perplexity", "sparsity, %", "pruning, s",
-                                               "MB packed", "of dense, %")))  # fmt: skip
     logits = jax.jit(net.logits)
-    dense = measure.losses(logits, net.params, held_out, title="dense")
-    megabytes = nbytes(net.params) / 1e6
-    found = f"{measure.perplexity(dense):.2f}"
-    table.add_row("dense", found, "0.00", "", f"{megabytes:.0f}", "100")
-    said = {"dense": complete(net.as_nnx(net.params))}
-    for name, structure in STRUCTURES.items():
-        for method in METHODS:
-            title = f"{method}, {name}"
-            with console.status(f"Pruning: {title}"):
-                start = time.perf_counter()
-                params, masks = prune(net, calibration, method, structure)
-                jax.block_until_ready(params)
-                seconds = time.perf_counter() - start
-            found = measure.perplexity(
-                measure.losses(logits, params, held_out, title=title)
-            )
-            said[title] = complete(net.as_nnx(params))
-            packed = pack(params, masks, structure)
-            table.add_row(
-                title, f"{found:.2f}", f"{100 * jp.masks.sparsity(masks):.2f}",
-                f"{seconds:.1f}", f"{nbytes(packed) / 1e6:.0f}",
-                f"{nbytes(packed) / 1e4 / megabytes:.1f}",
-            )  # fmt: skip
-        save(folder(args.out, name), logits, params, packed, held_out)
-        cash_in(net, complete, params, masks, title)
+    table, said = headings(), {}
+    losses = measure.losses(logits, net.params, held_out, title="dense")
+    add(table, "dense", losses, 0.0, None, nbytes(net.params), net)
+    said["dense"] = complete(net.as_nnx(net.params))
+    rate = measure.tokens_per_second(complete, net.as_nnx(net.params))
+    console.print(f"dense: {rate:.1f} tokens a second, {len(PROMPTS)} texts at a time.")
+    for (name, structure), method in itertools.product(STRUCTURES.items(), METHODS):
+        title = f"{method}, {name}"
+        with console.status(f"Pruning: {title}"):
+            start = time.perf_counter()
+            params, masks = prune(net, calibration, method, structure)
+            jax.block_until_ready(params)
+            seconds = time.perf_counter() - start
+        losses = measure.losses(logits, params, held_out, title=title)
+        packed = pack(params, masks, structure)
+        sparsity = jp.masks.sparsity(masks)
+        add(table, title, losses, sparsity, seconds, nbytes(packed), net)
+        said[title] = complete(net.as_nnx(params))
+        if method == METHODS[-1]:
+            save(folder(args.out, name), logits, params, packed, held_out)
+            cash_in(net, complete, params, masks, title)
     console.print(table)
     show(said, tokenizer)
     again = [sys.executable, __file__, "--verify", "--data-dir", str(args.data_dir)]
@@ -263,8 +258,31 @@ def show(said: dict[str, Int[Array, "prompts length"]], tokenizer) -> None:
             console.print(f"  {title}: {rest}", markup=False, highlight=False)
 
 
-def _right(heading: str) -> rich.table.Column:
-    return rich.table.Column(heading, justify="right")
+def headings() -> rich.table.Table:
+    table = rich.table.Table("")
+    for heading in ("perplexity", "sparsity, %", "seconds", "MB packed", "of dense, %"):
+        table.add_column(heading, justify="right")
+    return table
+
+
+def add(
+    table: rich.table.Table,
+    title: str,
+    losses: Float[np.ndarray, "windows"],
+    sparsity: float,
+    seconds: float | None,
+    held: int,
+    net: Net,
+) -> None:
+    """One more row; `held` are the bytes of the whole model, embedding and all."""
+    table.add_row(
+        title,
+        f"{measure.perplexity(losses):.2f}",
+        f"{100 * sparsity:.2f}",
+        "" if seconds is None else f"{seconds:.1f}",
+        f"{held / 1e6:.0f}",
+        f"{100 * held / nbytes(net.params):.1f}",
+    )
 
 
 if __name__ == "__main__":

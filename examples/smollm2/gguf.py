@@ -105,7 +105,10 @@ class _File:
         start = -(-self._place // alignment) * alignment
         return File(
             metadata,
-            {name: self._decode(name, start + at, *x) for name, *x, at in table},
+            {
+                name: self._decode(name, start + at, shape, kind)
+                for name, shape, kind, at in table
+            },
         )
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:

@@ -35,7 +35,8 @@ def losses(
         title: The text beside the progress bar.
     """
     found = []
-    with rich.progress.Progress(transient=True) as progress:
+    hidden = not rich.get_console().is_terminal  # in a log, empty lines would be left
+    with rich.progress.Progress(transient=True, disable=hidden) as progress:
         for ids in progress.track(windows, description=title):
             found.append(float(loss(logits(params, ids[None])[0], ids)))
     return np.array(found)

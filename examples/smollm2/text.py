@@ -22,7 +22,7 @@ class Windows(NamedTuple):
     """Which windows of a text, so that all numbers are of the same tokens."""
 
     title: str
-    count: int
+    pieces: int
     length: int
     digest: str
 
@@ -83,7 +83,7 @@ def check(windows: Int[np.ndarray, "count length"], wanted: Windows) -> None:
     if (*windows.shape, found) != wanted[1:]:
         raise ValueError(
             f"{wanted.title}: {windows.shape[0]} windows of {windows.shape[1]} tokens have "
-            f"the digest {found}; want {wanted.count} of {wanted.length} with "
+            f"the digest {found}; want {wanted.pieces} of {wanted.length} with "
             f"{wanted.digest}. Text or tokenizer are others than perplexities were measured "
             "on: install the versions that the Makefile pins."
         )
@@ -94,7 +94,7 @@ def read(
 ) -> Int[np.ndarray, "count length"]:
     """Windows of a novel, checked; raises what `novel`, `encode` and `check` raise."""
     found = novel(data_dir, wanted.title)
-    windows = encode(tokenizer, found, count=wanted.count, length=wanted.length)
+    windows = encode(tokenizer, found, count=wanted.pieces, length=wanted.length)
     check(windows, wanted)
     return windows
 

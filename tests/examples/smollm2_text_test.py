@@ -81,7 +81,7 @@ def test_windows(tmp_path):
     with pytest.raises(ValueError, match=f"Emma: 3 windows.*; want.*{wanted.digest}"):
         text.check(found + 1, wanted)
     with pytest.raises(ValueError, match="want 2 of 4"):
-        text.check(found, wanted._replace(count=2))
+        text.check(found, wanted._replace(pieces=2))
 
     _deb(tmp_path / text.DEB, [["emma", letters]])
     with pytest.raises(ValueError, match="Text or tokenizer are others"):
