@@ -43,7 +43,7 @@ def pretrained() -> Pretrained:
     Raises:
         FileNotFoundError: If the package is not installed.
     """
-    return load(path())
+    return load(location())
 
 
 def load(path: str | pathlib.Path) -> Pretrained:
@@ -70,8 +70,8 @@ def load(path: str | pathlib.Path) -> Pretrained:
     return Pretrained(nnx.merge(static, params), _tokenizer(file.metadata))
 
 
-def path() -> pathlib.Path:
-    """The file with the weights; the package is only located, not imported."""
+def location() -> pathlib.Path:
+    """Where the file with the weights is; the package is located, and not imported."""
     spec = importlib.util.find_spec(PACKAGE.split("==")[0].replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
