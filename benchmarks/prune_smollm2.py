@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import brown
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -52,18 +53,17 @@ PATTERNS = {
     "4:8": (0.5, jp.NM(4, 8)),
     "2:4": (0.5, jp.NM(2, 4)),
 }
-SOLVERS: dict[str, Callable[[], Any]] = {
-    "Wanda": lambda: jp.posttrain.wanda(),
-    "RIA": lambda: jp.posttrain.ria(),
-    "SparseGPT": lambda: jp.posttrain.sparsegpt(),
-    "ALPS": lambda: jp.posttrain.alps(),
-    "Wanda + DSnoT": lambda: jp.posttrain.dsnot(),
-    "Wanda + OWL": lambda: jp.posttrain.wanda(),
-    "Wanda + PERP": lambda: jp.posttrain.wanda(),
-    "SparseGPT + OWL": lambda: jp.posttrain.sparsegpt(),
-    "SparseGPT + PERP": lambda: jp.posttrain.sparsegpt(),
+SOLVERS = {
+    "magnitude": jp.posttrain.magnitude(),
+    "Wanda": jp.posttrain.wanda(),
+    "RIA": jp.posttrain.ria(),
+    "SparseGPT": jp.posttrain.sparsegpt(),
+    "ALPS": jp.posttrain.alps(),
 }
-METHODS = ("dense", "magnitude", *SOLVERS)
+EXTRAS = ("DSnoT", "OWL", "PERP")
+COMBINED = ("Wanda + DSnoT", "Wanda + OWL", "Wanda + PERP", "SparseGPT + OWL",
+            "SparseGPT + PERP")  # fmt: skip
+METHODS = ("dense", *SOLVERS, *COMBINED)
 RETRAINED = 4  # passes of PERP over the calibration windows, one window a step
 
 
@@ -80,26 +80,56 @@ def plan() -> Iterator[Setting]:
     for method in ("magnitude", "Wanda", "SparseGPT", "RIA"):
         yield from (Setting(method, pattern) for pattern in PATTERNS)
     yield from (Setting("ALPS", pattern) for pattern in ("70 %", "2:4"))
-    for method in SOLVERS:
+    for method in COMBINED:
         # OWL gives each layer a sparsity of its own, which 2:4 does not leave free.
         patterns = ("60 %",) if "OWL" in method else ("60 %", "2:4")
-        if "+" in method:
-            yield from (Setting(method, pattern) for pattern in patterns)
+        yield from (Setting(method, pattern) for pattern in patterns)
 
 
 def prune(net: demo.Net, windows: np.ndarray, setting: Setting) -> tuple[Any, Any]:
     """Params and masks."""
-    method, (sparsity, structure) = setting.method, PATTERNS[setting.pattern]
-    if method == "magnitude":
-        return demo.magnitude(net.params, sparsity, structure)
+    sparsity, structure = PATTERNS[setting.pattern]
+    method, _, extra = setting.method.partition(" + ")
+    batches = np.split(windows, len(windows) // demo.BATCH)
+    options = {}
+    if extra == "OWL":
+        options["allocation"] = owl(net, batches)
+    if extra == "DSnoT":
+        options["refine"] = functools.partial(swap, structure)
+        options["statistics"] = ("square", "mean", "variance")
     params, masks, _ = jp.posttrain.prune(
-        net.logits, net.params, [window[None] for window in windows],
-        method=SOLVERS[method](), sparsity=sparsity, structure=structure,
-        allocation="owl" if "OWL" in method else "uniform",
+        net.logits, net.params, batches,
+        method=SOLVERS[method], sparsity=sparsity, structure=structure, **options,
     )  # fmt: skip
-    if "PERP" in method:
+    if extra == "PERP":
         params = retrain(net.logits, params, masks, windows)
     return params, masks
+
+
+def swap(structure, w, found, inputs):
+    """DSnoT behind a solver that leaves weights as they are."""
+    mask = jp.posttrain.dsnot(w, found.mask, inputs, structure=structure).mask
+    return found._replace(w=jnp.where(mask, w, 0), mask=mask)
+
+
+def owl(net: demo.Net, batches: list[np.ndarray]) -> Callable[..., Any]:
+    """Sparsities by the outliers of each layer of the dense model."""
+    stats = jp.calibration.calibrate(net.logits, net.params, batches, where="*/kernel")
+    leaves = {
+        "/".join(str(key.key) for key in path): w
+        for path, w in jax.tree_util.tree_leaves_with_path(net.params)
+    }
+    scores = {}
+    for path in stats:
+        ((site, inputs),) = stats[path]
+        w = site.to_matrix(leaves[path])
+        block = jp.tracing.block_of(path)
+        scores.setdefault(block, []).append(jp.scores.wanda(w, inputs.square))
+    ratios = {
+        f"{block}/*": float(jp.allocation.outlier_ratio(x))
+        for block, x in scores.items()
+    }
+    return functools.partial(jp.allocation.owl, outliers=ratios)
 
 
 def retrain(logits: measure.Logits, params: Any, masks: Any, windows: np.ndarray):

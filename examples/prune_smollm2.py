@@ -41,7 +41,12 @@ CALIBRATION = text.Windows("Pride and Prejudice", 32, LENGTH, "3e7cf64a180bfee6"
 HELD_OUT = text.Windows("Emma", 16, LENGTH, "c64c090193cea05b")
 SPARSITY = 0.5
 STRUCTURES = {"50 %": jp.Unstructured(), "2:4": jp.NM(2, 4)}
-METHODS = ("magnitude",)  # the model of the last one is saved
+METHODS = {  # the model of the last one is saved
+    "magnitude": jp.posttrain.magnitude(),
+    "Wanda": jp.posttrain.wanda(),
+    "SparseGPT": jp.posttrain.sparsegpt(),
+}
+BATCH = 4  # windows that calibration runs at once
 PROMPTS = (
     "The capital of France is",
     "Once upon a time",
@@ -102,7 +107,7 @@ def main() -> None:
         sparsity = jp.masks.sparsity(masks)
         add(table, title, losses, sparsity, seconds, nbytes(packed), net)
         said[title] = complete(net.as_nnx(params))
-        if method == METHODS[-1]:
+        if method == list(METHODS)[-1]:
             save(folder(args.out, name), logits, params, packed, held_out)
             cash_in(net, complete, params, masks, title)
     console.print(table)
@@ -119,26 +124,15 @@ def prune(
     structure: jp.structures.Structure,
 ) -> tuple[Any, Any]:
     """The pruned params and the masks; embeddings and norms stay dense."""
-    del windows, method  # magnitude needs no calibration
-    return magnitude(net.params, SPARSITY, structure)
-
-
-def magnitude(
-    params: Any, sparsity: float, structure: jp.structures.Structure
-) -> tuple[Any, Any]:
-    """Each matrix by itself: there are four shapes, and one program for each."""
-
-    def mask(path, w):
-        if path[-1].key != "kernel":
-            return None
-        found = [
-            jp.prune({"kernel": x}, sparsity, structure=structure)[1]["kernel"]
-            for x in w.reshape(-1, *w.shape[-2:])  # of stacked layers, each
-        ]
-        return jnp.stack(found).reshape(w.shape)
-
-    masks = jax.tree_util.tree_map_with_path(mask, params)
-    return jp.masks.apply(params, masks), masks
+    params, masks, _ = jp.posttrain.prune(
+        net.logits,
+        net.params,
+        np.split(windows, len(windows) // BATCH),
+        method=METHODS[method],
+        sparsity=SPARSITY,
+        structure=structure,
+    )
+    return params, masks
 
 
 def in_nnx(lm: model.SmolLM) -> Net:
