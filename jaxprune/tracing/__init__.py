@@ -1,4 +1,8 @@
-"""Reading a function from its jaxpr: where a leaf is contracted, and running it anew."""
+"""Reading a function from its jaxpr: where a leaf is contracted, and running it anew.
+
+`sites` reads and runs nothing. `replay` and `tap` run what was read: with packed leaves in
+place of arrays, or with a look at values on the way. `blocks` runs it piece by piece.
+"""
 
 from ._blocks import Block as Block
 from ._blocks import BlockOf as BlockOf

@@ -1,4 +1,4 @@
-"""Runs a jaxpr with leaves that are more than arrays, up to where they are contracted."""
+"""Runs a jaxpr anew: with leaves that are more than arrays, or reading values inside it."""
 
 import dataclasses
 import functools
@@ -77,7 +77,7 @@ class Tap(NamedTuple):
 
     Attributes:
       place: of the equation; see `Site`.
-      read: `(operands, indices) -> state`: from the operands of the equation, and the
+      read: `(eqn, operands, indices) -> state`: from the equation, its operands, and the
         computed indices that the tap asks for, an element of a monoid.
       merge: `(state, state) -> state`, of which a state of zeros changes nothing.
       zero: shapes of a state.

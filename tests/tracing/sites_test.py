@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxprune import tracing
@@ -54,7 +54,6 @@ def views(draw):
     return shape, moves, x
 
 
-@settings(max_examples=150)
 @given(views())
 def test_any_view_is_the_matrix_or_is_reported(case):
     shape, moves, wanted = case
