@@ -2,11 +2,11 @@
 
 The peers are written here after the papers and the authors' code, on the papers' layout
 `[out, in]`: SparseGPT by Cholesky factor, inverse and Cholesky factor, thresholds from
-a sort and a loop over columns; Wanda by a stable sort of each row; ALPS by an
-eigendecomposition in float64 and a new inverse every three iterations. Both libraries run
-on the CPU, with one thread each if the process is pinned to one core, which is how the
-table was made (PyTorch is told so as well). The two take turns; each figure is the median
-over turns. Compilation is not counted: it comes once for each shape and structure.
+a sort and a loop over columns; Wanda by a stable sort of each row; ALPS, up to 576 inputs,
+by an eigendecomposition in float64 and a new inverse every three iterations. Both run on
+the CPU, with one thread each if the process is pinned to one core, which is how the table
+was made (PyTorch is told so as well). The two take turns; each figure is the median over
+turns. Compilation is not counted: it comes once for each shape and structure.
 
     python -m pip install torch==2.13.0
     taskset -c 0 python benchmarks/solvers.py [--rounds 5] [--quick]

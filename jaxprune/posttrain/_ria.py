@@ -29,10 +29,10 @@ def ria(*, group: Group = "layer", power: float = 0.5) -> Solver:
       ValueError: for another group or a negative power.
 
     Example:
-      >>> w = jnp.array([[3.0, 1.0], [1.0, 1.0]])
+      >>> w = jnp.array([[3.0, 1.0], [1.5, 1.0]])
       >>> inputs = jp.calibration.Inputs(jnp.float32(8), square=jnp.ones(2))
       >>> jp.posttrain.ria().solve(w, inputs, 0.25, jp.Unstructured()).w.tolist()
-      [[3.0, 0.0], [1.0, 1.0]]
+      [[3.0, 0.0], [1.5, 1.0]]
 
     References:
       Zhang et al., ICLR 2024 (openreview Tr0lPx9woF), Eq. (2) and (3).
