@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 _PLATFORMS = {"gpu": "cuda", "tpu": "tpu"}  # of a backend
 
@@ -51,6 +51,55 @@ def finished(
     y = y if bias is None else y + bias.astype(jnp.float32)
     y = y if activation is None else activation(y)
     return y.astype(dtype)
+
+
+def ragged(
+    x: Float[Array, "T K"],
+    w: Float[Array, "experts K N"],
+    group_sizes: Int[Array, " experts"],
+    bias: Array | None,
+    activation: Callable | None,
+    *,
+    precision: lax.PrecisionLike,
+) -> Float[Array, "T N"]:
+    """Products of rows that are sorted by the matrix they belong to; 0 after the last."""
+    y = lax.ragged_dot(
+        x, w.astype(x.dtype), group_sizes,
+        precision=precision, preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    expert = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(len(x)), side="right")
+    if bias is not None:
+        bias = bias.at[expert].get(mode="fill", fill_value=0)
+    y = finished(y, bias, activation, x.dtype)
+    return jnp.where((expert < len(w))[:, None], y, jnp.zeros_like(y))
+
+
+def check_ragged(
+    x: Array,
+    group_sizes: Array,
+    backend: str | None,
+    stack: tuple[int, ...],
+    matrix: tuple[int, int],
+) -> None:
+    """Refuses what is no ragged product."""
+    if len(stack) != 1 or x.ndim != 2 or x.shape[1] != matrix[0]:
+        raise ValueError(
+            f"x: its shape is {x.shape}, and packed holds a stack {list(stack)} of matrices "
+            f"{list(matrix)}; expected [rows, {matrix[0]}] and one axis of experts with "
+            "group_sizes. Flatten the rows, sorted by expert."
+        )
+    if jnp.shape(group_sizes) != stack or not jnp.issubdtype(
+        jnp.result_type(group_sizes), jnp.integer
+    ):
+        raise ValueError(
+            f"group_sizes: it is {jax.typeof(group_sizes)}; expected integers of shape "
+            f"{list(stack)}, the rows of each expert. Count them with jnp.bincount."
+        )
+    if backend not in (None, "xla"):
+        raise ValueError(
+            f"backend: got {backend!r} with group_sizes; expected 'xla' or None, since "
+            "no kernel takes them. Leave backend= out."
+        )
 
 
 def over_stack(product: Callable, stack: tuple[int, ...]) -> Callable:

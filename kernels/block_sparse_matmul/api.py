@@ -11,9 +11,9 @@ import numpy as np
 from jax import core, lax
 from jaxprune.kernels import _calls, _hopper
 from jaxprune.kernels.block_sparse_matmul import _steps, tpu, xla
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from jaxprune.formats import BlockSparseArray
+from jaxprune.formats import BlockSparseArray, unpack
 
 Backend: TypeAlias = Literal["gpu", "tpu", "xla"]
 
@@ -47,6 +47,7 @@ def block_sparse_matmul(
     *,
     bias: Float[Array, "... N"] | None = None,
     activation: Callable[[Array], Array] | None = None,
+    group_sizes: Int[Array, " experts"] | None = None,
     backend: Backend | None = None,
     precision: lax.PrecisionLike = None,
     interpret: Any = False,
@@ -68,6 +69,9 @@ def block_sparse_matmul(
         with the bias, after the product: to sums in float32, where XLA makes them,
         and to what the kernels of TPUs and GPUs have rounded. For a derivative, what goes
         into it is saved in float32.
+      group_sizes: for a stack of one axis (experts) and x of `[rows, K]`, how many rows
+        belong to each matrix, one after another, as in `jax.lax.ragged_dot`; rows after
+        the last give 0. The matrices are written out for it, so that no time is saved.
       backend: `"tpu"` or `"gpu"` (Pallas; Hopper GPUs), or `"xla"`, which runs anywhere;
         by default what suits the blocks and the device.
       precision: of the products; see `jax.lax.dot_general`.
@@ -94,7 +98,10 @@ def block_sparse_matmul(
     x, packed = jax.tree.map(jnp.asarray, (x, packed))
     k, n = packed.layout.matrix
     stack = packed.values.shape[:-3]
-    _calls.check_shape(x, stack, (k, n))
+    if group_sizes is None:
+        _calls.check_shape(x, stack, (k, n))
+    else:
+        _calls.check_ragged(x, group_sizes, backend, stack, (k, n))
     _calls.check_bias(bias, stack, n)
     dtype = jnp.result_type(x, packed.values)
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype).itemsize > 4:
@@ -105,6 +112,11 @@ def block_sparse_matmul(
     if x.size == 0:
         return jnp.zeros((*x.shape[:-1], n), dtype)
     packed = dataclasses.replace(packed, values=packed.values.astype(dtype))
+    if group_sizes is not None:
+        w = packed.layout.to_matrix(unpack(packed))
+        return _calls.ragged(
+            x.astype(dtype), w, group_sizes, bias, activation, precision=precision
+        )
     reasons = {
         "gpu": _why_not_gpu(packed, interpret),
         "tpu": _why_not_tpu(packed),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxprune.kernels import _calls, _hopper
 from jaxprune.kernels.nm_matmul import tpu, xla
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxprune.formats import NMArray
 
@@ -34,6 +34,7 @@ def nm_matmul(
     *,
     bias: Float[Array, "... N"] | None = None,
     activation: Callable[[Array], Array] | None = None,
+    group_sizes: Int[Array, " experts"] | None = None,
     backend: Backend | None = None,
     precision: lax.PrecisionLike = None,
     interpret: Any = False,
@@ -59,6 +60,9 @@ def nm_matmul(
         with the bias, after the product: to sums in float32, where XLA or the GPU
         kernel makes them, and to what the TPU kernel has rounded. For a derivative, what
         goes into it is saved in float32.
+      group_sizes: for a stack of one axis (experts) and x of `[rows, K]`, how many rows
+        belong to each matrix, one after another, as in `jax.lax.ragged_dot`; rows after
+        the last give 0. The matrices are written out for it, so that no time is saved.
       backend: `"tpu"` or `"gpu"` (Pallas; Hopper GPUs), or `"xla"`, which runs anywhere;
         by default what suits the sizes and the device.
       precision: of the products; see `jax.lax.dot_general`.
@@ -91,10 +95,18 @@ def nm_matmul(
         )
     k, n = packed.layout.matrix
     stack = packed.codes.shape[:-2]
-    _calls.check_shape(x, stack, (k, n))
+    if group_sizes is None:
+        _calls.check_shape(x, stack, (k, n))
+    else:
+        _calls.check_ragged(x, group_sizes, backend, stack, (k, n))
     _calls.check_bias(bias, stack, n)
     narrow = packed.dtype.itemsize == 1
     dtype = x.dtype if narrow else jnp.result_type(x, packed.values)
+    if group_sizes is not None:
+        w = packed.dense()
+        return _calls.ragged(
+            x.astype(dtype), w, group_sizes, bias, activation, precision=precision
+        )
     reasons = {
         "gpu": _why_not_gpu(packed, dtype, interpret),
         "tpu": _why_not_tpu(packed, dtype),
