@@ -45,7 +45,7 @@ def check_bias(bias: Array | None, stack: tuple[int, ...], n: int) -> None:
 
 
 def finished(
-    y: Float[Array, "M N"], bias: Array | None, activation: Callable | None, dtype
+    y: Any, bias: Array | None, activation: Callable | None, dtype
 ) -> Float[Array, "M N"]:
     """The activation of y and the bias, computed in float32."""
     y = y if bias is None else y + bias.astype(jnp.float32)

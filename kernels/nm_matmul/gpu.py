@@ -12,7 +12,7 @@ the GPU, the tiles of K; XLA adds up what they find.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -287,9 +287,9 @@ def _multiply(total, chunk: _Chunk, tiles, values, x, codes, first_word, operand
         plgpu.wgmma_wait(0)
 
 
-def _decoded(words: Array, code: Callable, plane: int, tiles) -> list[Array]:
+def _decoded(pairs: Array, code: Callable, plane: int, tiles) -> list[Array]:
     """The words of all rows of a plane, `[8, 64]` each, of two rows of W."""
-    words = [words]
+    words = [pairs]
     for i in range(tiles.halvings):
         word, bit = tiles.half(plane, i)
         # One multiplication fills every half whose bit is set with ones.
@@ -341,7 +341,7 @@ def _as_words(values: Array) -> Array:
             )
         return _fragments(found, layout, (rows, _COLS), is_signed=True)
 
-    return paired(values)
+    return cast(Callable, paired)(values)
 
 
 def _as_operand(words: list[Array], dtype) -> Array:
@@ -366,7 +366,7 @@ def _as_operand(words: list[Array], dtype) -> Array:
                 found.append(_bitcast(vector.from_elements(word, [one]), pair))
         return _fragments(found, layout.to_mgpu(), (_COLS, cols), is_signed=None)
 
-    return placed(*words)
+    return cast(Callable, placed)(*words)
 
 
 def _bitcast(x, kind):
