@@ -1,6 +1,7 @@
-"""Times products with bitmaps beside dense ones, on the device that JAX takes by default.
+"""Times products with bitmaps beside dense ones.
 
-python -m jaxprune.kernels.bitmap_matmul.bench`.
+`python -m jaxprune.kernels.bitmap_matmul.bench` runs it on the device that JAX takes by
+default; other sizes than `SIZES` may follow.
 """
 
 import sys

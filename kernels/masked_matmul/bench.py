@@ -1,6 +1,7 @@
-"""Times products with a masked matrix beside dense ones, on the device that JAX takes by default.
+"""Times products with a masked matrix beside dense ones.
 
-python -m jaxprune.kernels.masked_matmul.bench`.
+`python -m jaxprune.kernels.masked_matmul.bench` runs it on the device that JAX takes by
+default; other sizes than `SIZES` may follow.
 """
 
 import sys

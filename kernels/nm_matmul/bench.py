@@ -1,6 +1,7 @@
-"""Times N:M products beside dense ones, on the device that JAX takes by default.
+"""Times N:M products beside dense ones.
 
-python -m jaxprune.kernels.nm_matmul.bench`.
+`python -m jaxprune.kernels.nm_matmul.bench` runs it on the device that JAX takes by
+default; other sizes than `SIZES` may follow.
 """
 
 import sys
