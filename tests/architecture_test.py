@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "posttrain": _MEASURES,
     "structured": {"_tree", "tracing", "scores", "calibration"},
     "formats": {"_tree", "masks", "structures"},
-    "kernels": {"formats", "masks"},
+    "kernels": {"formats", "masks", "structures"},
     "acceleration": {"_tree", "masks", "structures", "tracing", "formats", "kernels"},
     "checkpoint": {"_tree", "formats", "masks"},
     "analysis": _MEASURES | {"_prune"},

@@ -1,40 +1,20 @@
-"""Puts packed weights behind a function, leaf by leaf, where that makes it faster."""
+"""Puts packed weights behind a function, leaf by leaf, where that pays."""
 
-import dataclasses
 import functools
 import math
-import statistics
-import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array
+from jax import core
 
 from jaxprune import _tree
 from jaxprune import masks as mask_trees
 from jaxprune._tree import PyTree
-from jaxprune.acceleration import _cost
+from jaxprune.acceleration import _choose, _cost, _packing, _sites, _timing
 from jaxprune.acceleration._report import Choice, Report
-from jaxprune.formats import BlockSparseArray, pack, unpack
-from jaxprune.kernels import block_sparse_matmul
-from jaxprune.structures import Block
-from jaxprune.tracing import View, replay
-
-_ROUNDS = 7
-
-
-class _Site(NamedTuple):
-    """A product that a leaf ends in; axes are the leaf's, without those scanned over."""
-
-    rows: int
-    k_axes: tuple[int, ...]
-    n_axes: tuple[int, ...]
-    times: int
-    precision: Any
 
 
 def accelerate(
@@ -43,34 +23,45 @@ def accelerate(
     masks: PyTree,
     *args: Any,
     measure: bool = False,
+    prefer: _choose.Prefer = "speed",
+    slowdown: float | None = None,
     device: str | None = None,
 ) -> tuple[Callable[..., Any], PyTree, Report]:
     """The same function on packed weights, packed where that is faster.
 
-    Reads from the jaxpr of `fn` where each masked leaf is contracted, looks for the blocks
-    that its mask leaves empty, and packs it if the product with what is left is at least
-    1.1 times as fast. A leaf whose mask has no such blocks, or that is used in another
-    way than in a product, stays dense (and masked), with the reason in the report.
+    Reads from the jaxpr of `fn` where each masked leaf is contracted, and which formats its
+    mask allows: blocks of 256, 128, 64 or 32 that it leaves empty, N:M along the axis that
+    is contracted, and a bitmap, which takes any pattern. The leaf is packed in the fastest
+    of them, if its products are at least 1.1 times as fast as dense. A leaf for which none
+    is, or that is used in another way than in a product, stays dense (and masked), with
+    the reason in the report. A leaf that is contracted over either of its axes, as in
+    `x @ w @ w.T`, is packed once.
 
     Whole blocks are packed. A pruned weight in a block that is kept is a 0 there, which
-    training would move: prune in blocks where you train on. Forward-mode derivatives
-    (`jax.jvp`) do not go through a packed product, nor do explicit meshes.
+    training would move: `jaxprune.formats.value_masks` says which they are. Forward-mode
+    derivatives (`jax.jvp`) do not go through a packed product, nor do explicit meshes.
 
     Args:
       fn: `fn(params, *args)`, pure, of arrays.
-      params: its parameters.
+      params: its parameters. Leaves that are packed already stay as they are. Shapes of
+        parameters give a plan: the report, and shapes of the packed ones.
       masks: in the tree of `params`, `None` where nothing is pruned; packed or not.
       *args: an example: arrays or shapes of them. How many rows of x a product has decides
         what pays. The function that comes back takes other shapes too.
       measure: time the products here instead of predicting them; takes seconds a leaf.
+      prefer: `"memory"` packs each leaf in its smallest format, if its products take no
+        more than `slowdown` times as long as dense.
+      slowdown: for `prefer="memory"`; by default 1.1.
       device: to predict for, a name of `predict`; by default that of JAX.
 
     Returns:
       The function of packed parameters, to be put under `jax.jit`, `jax.grad` or a scan
-      like `fn`; the packed parameters, in the tree of `params`; the report.
+      like `fn`, which takes any leaf that `jaxprune.formats.pack` made; the packed
+      parameters, in the tree of `params`; the report.
 
     Raises:
-      ValueError: if masks and parameters do not match, or `device` is not known.
+      ValueError: if masks and parameters do not match, a mask is not known or is one of a
+        leaf that is packed already, or there is no model of the device.
 
     Example:
       >>> w = jax.random.normal(jax.random.key(0), (1024, 1024))
@@ -82,254 +73,114 @@ def accelerate(
       >>> bool(jnp.allclose(fast(packed, x), x @ params["w"], atol=1e-4))
       True
     """
-    kind = _cost.kind_of(device)
-    again = [p for p, x in zip(*_tree.flatten(params, _is_packed)[:2], strict=True)
-             if _is_packed(x)]  # fmt: skip
-    if again:
+    if measure and device is not None:
         raise ValueError(
-            f"params: {again[0]} is packed already; expected arrays. Unpack it with "
-            "jaxprune.formats.unpack first."
+            f"device: got {device!r} with measure=True, which times the products on the "
+            "device at hand; expected None. Leave either of them out."
         )
-    paths, leaves, treedef = _tree.flatten(params)
-    checked = _tree.flatten(mask_trees.check(params, masks), is_leaf=_is_mask)[1]
-    wanted = {
-        path: mask_trees.as_bool(mask)
-        for path, mask in zip(paths, checked, strict=True)
-        if not _tree.is_hole(mask)
-    }
-    sites, others = _uses(fn, params, args, set(wanted))
+    kind = "" if measure else _cost.kind_of(device)
+    aim = _choose.aim(prefer, slowdown, kind, measure)
+    paths, leaves, treedef = _tree.flatten(params, is_leaf=_sites.is_packed)
+    plain = treedef.unflatten(
+        [
+            jax.ShapeDtypeStruct(x.shape, x.dtype) if _sites.is_packed(x) else x
+            for x in leaves
+        ]
+    )
+    wanted = _masks(plain, masks)
+    held = {p: x for p, x in zip(paths, leaves, strict=True) if _sites.is_packed(x)}
+    _check_held(held, wanted)
+    sites, others = _sites.uses(fn, plain, args, {*wanted, *held})
     choices, new = [], []
     for path, leaf in zip(paths, leaves, strict=True):
-        if path not in wanted:
-            new.append(leaf)
+        found = sites.get(path, []), others.get(path, [])
+        if path in held:
+            choices.append(_packed_already(path, leaf, *found))
+        elif path in wanted:
+            choice, leaf = _packed(path, leaf, wanted[path], *found, aim)
+            choices.append(choice)
+        new.append(leaf)
+    shapes = {p: tuple(x.shape) for p, x in zip(paths, new, strict=True)
+              if _sites.is_packed(x)}  # fmt: skip
+    fast = functools.partial(_sites.call, fn, shapes)
+    return fast, treedef.unflatten(new), Report(tuple(choices))
+
+
+def _masks(params: PyTree, masks: PyTree) -> dict[str, np.ndarray]:
+    """By the paths of the leaves that have one."""
+
+    def is_mask(x):
+        return isinstance(x, mask_trees.PackedMask)
+
+    paths, found, _ = _tree.flatten(mask_trees.check(params, masks), is_leaf=is_mask)
+    known = {}
+    for path, mask in zip(paths, found, strict=True):
+        if _tree.is_hole(mask):
             continue
-        choice, value = _choose(
-            path, leaf, wanted[path], sites.get(path, []), others.get(path, []),
-            kind, measure,
-        )  # fmt: skip
-        choices.append(choice)
-        new.append(value)
-    packed = jax.tree.unflatten(treedef, new)
-    return functools.partial(_call, fn), packed, Report(tuple(choices))
+        for x in jax.tree.leaves(mask):
+            if isinstance(x, core.Tracer | jax.ShapeDtypeStruct):
+                raise ValueError(
+                    f"masks: what {path} keeps is not known, only its shape ({x}); "
+                    "expected an array, since it decides what is packed. Call accelerate "
+                    "outside of jax.jit, and jit the function that it gives."
+                )
+        known[path] = np.asarray(mask_trees.as_bool(mask))
+    return known
 
 
-def _call(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> Any:
-    paths, leaves, treedef = _tree.flatten(params, is_leaf=_is_packed)
-    plain = treedef.unflatten(
-        [jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_packed(x) else x for x in leaves]
-    )
-    closed, out = jax.make_jaxpr(fn, return_shape=True)(plain, *args, **kwargs)
-    operands = [
-        View(x, path, tuple(range(len(x.shape))), x.values.ndim - 3)
-        if _is_packed(x)
-        else x
-        for path, x in zip(paths, leaves, strict=True)
-        if not _tree.is_hole(x)
-    ]
-    operands += jax.tree.leaves((args, kwargs))
-    y = replay(closed, operands, contract=_contract, dense=_dense)
-    return jax.tree.unflatten(jax.tree.structure(out), y)
+def _check_held(held: dict[str, Any], wanted: dict[str, np.ndarray]) -> None:
+    for path in held:
+        if path in wanted:
+            raise ValueError(
+                f"masks: {path} has one, but params holds it packed as "
+                f"{type(held[path]).__name__}; expected None there. Leave the mask out, "
+                "or unpack the leaf with jaxprune.formats.unpack."
+            )
 
 
-def _contract(x, view, x_axes, view_axes, *, times, **options) -> Array | None:
-    """With a view whose value is packed, over the axes that it was packed for."""
-    del times
-    packed, ndim = view.value, len(view.axes)
-    over = [view.axes[a] - ndim for a in view_axes]
-    produced = packed.layout.out_axes
-    left = [a - ndim for i, a in enumerate(view.axes) if i not in view_axes]
-    dtype = _product_dtype(x, view, options)
-    if (
-        dtype is None
-        or view.stacked
-        or sorted(over) != sorted(packed.layout.axes)
-        or sorted(left) != sorted(produced)
-    ):
-        return None
-    x_order = [x_axes[over.index(a)] for a in packed.layout.axes]
-    free = [a for a in range(x.ndim) if a not in x_axes]
-    rows = x.transpose([*free, *x_order])
-    rows = rows.reshape(*rows.shape[: len(free)], packed.layout.matrix[0])
-    values = view.cast(packed.values).astype(dtype)
-    packed = dataclasses.replace(packed, values=values)
-    y = block_sparse_matmul(rows.astype(dtype), packed, precision=options["precision"])
-    y = y.reshape(*y.shape[:-1], *(packed.layout.shape[a] for a in produced))
-    order = [len(free) + produced.index(a) for a in left]
-    return y.transpose([*range(len(free)), *order])
-
-
-def _product_dtype(x: Array, view: View, options: dict[str, Any]) -> Any:
-    """The type of a product that the kernels take, or `None`."""
-    cast = view.casts[-1] if view.casts else view.value.dtype
-    found = options["preferred_element_type"] or jnp.result_type(x.dtype, cast)
-    types = [jnp.dtype(t) for t in (x.dtype, cast, found)]
-    if all(jnp.issubdtype(t, jnp.floating) and t.itemsize in (2, 4) for t in types):
-        return found
-    return None
-
-
-def _dense(view: View, primitive: str) -> Array:
-    """The array of a packed view, where `fn` is called in another way than in the example."""
-    del primitive
-    leaf = unpack(view.value)
-    return view.cast(leaf.transpose(view.axes))
-
-
-def _uses(fn, params, args, wanted):
-    """Products of each leaf, and the primitives that use it in another way."""
-    sites: dict[str, list[_Site]] = {}
-    others: dict[str, list[str]] = {}
-    paths, leaves, treedef = _tree.flatten(params)
-
-    def contract(x, view, x_axes, view_axes, *, times, **options):
-        free = [a for a in range(x.ndim) if a not in x_axes]
-        ndim = len(view.axes)
-        over = tuple(view.axes[a] - ndim for a in view_axes)
-        left = tuple(a - ndim for a in view.axes if a - ndim not in over)
-        rows = math.prod(x.shape[a] for a in free)
-        if _product_dtype(x, view, options) is None:
-            others.setdefault(view.path, []).append(f"a product of {x.dtype}")
-        found = _Site(rows, over, left, times, options["precision"])
-        sites.setdefault(view.path, []).append(found)
-        leaf = view.cast(view.value.transpose(view.axes))
-        return lax.dot_general(x, leaf, ((x_axes, view_axes), ((), ())), **options)
-
-    def dense(view, primitive):
-        name = "a batched product" if primitive == "dot_general" else primitive
-        others.setdefault(view.path, []).append(name)
-        return view.cast(view.value.transpose(view.axes))
-
-    def run(leaves, args):
-        params = treedef.unflatten(leaves)
-        closed = jax.make_jaxpr(fn)(params, *args)
-        operands = [
-            View(x, path, tuple(range(jnp.ndim(x))), jnp.ndim(x))
-            if path in wanted
-            else x
-            for path, x in zip(paths, leaves, strict=True)
-            if not _tree.is_hole(x)
-        ]
-        operands += jax.tree.leaves(args)
-        return replay(closed, operands, contract=contract, dense=dense)
-
-    jax.eval_shape(run, leaves, args)
-    return sites, others
-
-
-def _choose(path, leaf, mask, sites, others, kind, measure):
-    """What becomes of a leaf: the choice, and the leaf or what it is packed to."""
-    sparsity = 1 - float(np.mean(np.asarray(mask)))
-    nbytes = leaf.size * leaf.dtype.itemsize
-    rows = sum(s.rows * s.times for s in sites)
-
-    def left(reason, speedup=0.0):
-        value = jnp.where(mask, leaf, jnp.zeros_like(leaf))
-        return Choice(
-            path, leaf.shape, rows, sparsity, "dense", speedup, measure and speedup > 0,
-            nbytes, nbytes, reason,
-        ), value  # fmt: skip
-
-    if others:
-        return left(f"used by {', '.join(dict.fromkeys(others))}: not followed further")
-    if not sites:
-        return left("not used in a product")
-    if len({(s.k_axes, s.n_axes) for s in sites}) > 1:
-        return left("contracted over different axes in different places")
-    site = sites[0]
-    if not site.k_axes or not site.n_axes:
-        return left("not used as a matrix")
-    batch = leaf.ndim - len(site.k_axes) - len(site.n_axes)
-    if min(*site.k_axes, *site.n_axes) + leaf.ndim < batch:
-        return left("its stacked axes are not in front")
-    best: tuple[float, Block] | None = None
-    for size in _cost.BLOCKS:
-        block = Block(size, size, axis=site.k_axes, out_axis=site.n_axes)
-        density = _density(leaf.shape, np.asarray(mask), block)
-        if density is None:
-            continue
-        k, n = (math.prod(leaf.shape[a] for a in x) for x in (site.k_axes, site.n_axes))
-        found = []
-        for site in sites:
-            if measure:
-                ratio = _timed(leaf, mask, block, site) if density < 0.9 else 0.0
-            else:
-                ratio = _cost.speedup(site.rows, k, n, size, density, leaf.dtype, kind)
-            # A product takes about as long as it has rows, and a while for none.
-            found.append(((site.rows + 8) * site.times, ratio))
-        dense = sum(weight for weight, _ in found)
-        fast = sum(weight / ratio if ratio else math.inf for weight, ratio in found)
-        speedup = dense / fast
-        if best is None or speedup > best[0]:
-            best = speedup, block
-    if best is None or best[0] == 0:
-        return left("the mask leaves hardly any block empty")
-    speedup, block = best
-    if speedup < _cost.WORTH:
-        return left(
-            f"{block.rows} x {block.cols} blocks would not be {_cost.WORTH} times as fast",
-            speedup,
-        )
-    packed = pack(leaf, mask, block)
-    name = f"Block({block.rows}, {block.cols})"
+def _packed_already(path: str, leaf: Any, sites, others) -> Choice:
+    size = math.prod(leaf.shape)
+    own = {tuple(sorted(leaf.layout.axes)), tuple(sorted(leaf.layout.out_axes))}
+    reason = _choose.why_dense(leaf.shape, sites, others)
+    if not reason and set(sites[0].axes) != own:
+        reason = "contracted over other axes than those that it was packed for"
     return Choice(
-        path,
-        leaf.shape,
-        rows,
-        sparsity,
-        name,
-        speedup,
-        measure,
-        packed.nbytes,
-        nbytes,
-        "",
-    ), packed
-
-
-def _density(shape, mask: np.ndarray, block: Block) -> float | None:
-    """Share of blocks with a weight in them; `None` where a block is larger than a leaf."""
-    k_axes, n_axes = block.matrix_axes("leaf", shape)
-    batch = [a for a in range(mask.ndim) if a not in (*k_axes, *n_axes)]
-    k, n = (math.prod(shape[a] for a in x) for x in (k_axes, n_axes))
-    if block.rows > k or block.cols > n:
-        return None
-    matrix = mask.transpose([*batch, *k_axes, *n_axes]).reshape(-1, k, n)
-    matrix = np.pad(matrix, ((0, 0), (0, -k % block.rows), (0, -n % block.cols)))
-    split = matrix.reshape(
-        len(matrix), -1, block.rows, matrix.shape[2] // block.cols, block.cols
+        path=path,
+        shape=tuple(leaf.shape),
+        rows=sum(s.rows * s.times for s in sites),
+        sparsity=max(0.0, 1 - leaf.values.size / size),
+        format=_packing.name_of(leaf),
+        speedup=0.0,
+        basis="",
+        nbytes=leaf.nbytes,
+        dense_nbytes=size * leaf.dtype.itemsize,
+        reason=f"packed already{f', but written out: {reason}' if reason else ''}",
     )
-    # Stacked matrices are as long as the fullest of them.
-    return float(split.any((2, 4)).mean((1, 2)).max())
 
 
-def _timed(leaf, mask, block: Block, site: _Site) -> float:
-    """Time of the dense product over that of the packed one, here."""
-    batch = leaf.ndim - len(site.k_axes) - len(site.n_axes)
-    for _ in range(batch):
-        counts = np.asarray(mask).reshape(len(mask), -1).sum(1)
-        fullest = int(counts.argmax())
-        leaf, mask = leaf[fullest], mask[fullest]
-    packed = pack(leaf, mask, block)
-    matrix = packed.layout.to_matrix(leaf)
-    x = jax.random.normal(jax.random.key(0), (site.rows, matrix.shape[0]), leaf.dtype)
-    dense = jax.jit(lambda x, w: jnp.dot(x, w, precision=site.precision))
-    fast = jax.jit(lambda x, w: block_sparse_matmul(x, w, precision=site.precision))
-    calls = (lambda: dense(x, matrix), lambda: fast(x, packed))
-    jax.block_until_ready([call() for call in calls])  # compiles
-    seconds = [_seconds(call, 1) for call in calls]
-    repeats = max(1, round(2e-3 / min(seconds)))
-    turns = [[_seconds(call, repeats) for call in calls] for _ in range(_ROUNDS)]
-    return statistics.median(a / b for a, b in turns)
-
-
-def _seconds(call: Callable[[], Array], repeats: int) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready([call() for _ in range(repeats)])
-    return time.perf_counter() - start
-
-
-def _is_mask(x: Any) -> bool:
-    return isinstance(x, mask_trees.PackedMask)
-
-
-def _is_packed(x: Any) -> bool:
-    return isinstance(x, BlockSparseArray)
+def _packed(path, leaf, mask: np.ndarray, sites, others, aim: _choose.Aim):
+    """The choice for a leaf, and the leaf or what it is packed to."""
+    known = not isinstance(leaf, jax.ShapeDtypeStruct)
+    sparsity = 1 - float(np.mean(mask))
+    packing = None
+    reason = _choose.why_dense(leaf.shape, sites, others)
+    if reason:
+        nbytes = leaf.size * leaf.dtype.itemsize
+        rows = sum(s.rows * s.times for s in sites)
+        choice = Choice(
+            path, tuple(leaf.shape), rows, sparsity, "dense", 0.0, "", nbytes, nbytes,
+            reason,
+        )  # fmt: skip
+    else:
+        orders = list(dict.fromkeys(s.axes for s in sites))
+        packings = _packing.allowed(mask, orders)
+        if aim.basis == "measured":
+            seconds = functools.partial(_timing.measured, leaf, mask, packings)
+        else:
+            seconds = functools.partial(_cost.predicted, leaf, packings, aim.kind)
+        choice, packing = _choose.choose(
+            path, leaf, sparsity, packings, sites, aim, seconds
+        )
+    if packing is None:
+        return choice, jnp.where(mask, leaf, jnp.zeros_like(leaf)) if known else leaf
+    return choice, packing(leaf, mask) if known else packing.shapes(leaf)

@@ -1,17 +1,17 @@
-"""How much faster a product is without the blocks that are pruned: a model, not a timing."""
+"""How long a product takes, dense and packed: a model, not a timing."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxprune.acceleration._report import Choice, Report
-from jaxprune.structures import Block
+from jaxprune.acceleration._packing import Packed, Packing, layout_of
+from jaxprune.acceleration._sites import Site
+from jaxprune.formats import BlockSparseArray, NMArray
 
-BLOCKS = (256, 128, 64, 32)  # that a mask is looked through for
-WORTH = 1.1  # speedup from which a leaf is packed
+_FEW = 64  # rows of x up to which there is a kernel for N:M
 
 
 class _Device(NamedTuple):
@@ -22,28 +22,32 @@ class _Device(NamedTuple):
       bandwidth: bytes a second.
       least: the smallest block that there is a kernel for.
       share: of the peak that products reach with blocks of an extent, and dense ones (0).
+      decoded: weights a second that the kernel for N:M writes out; 0 if there is none.
     """
 
     flops: float
     bandwidth: float
     least: int
     share: Mapping[int, float]
+    decoded: float
 
 
 # Shares on TPU are rounded down from the bundles that the compiler schedules at 512 rows
 # (tests/kernels/tpu_bundles.json), for groups that are not full; those on GPU are guesses.
-# Neither has been timed.
+# Weights decoded are 2**20 a second by the bundles of 2:4 in 1024 columns a step, which are
+# the most of any N:M, and the clock that the peak comes to; on v6e and tpu7x, of which the
+# units are not known, 1.75 GHz. Neither has been timed.
 _OLD = {0: 0.86, 128: 0.80, 256: 0.85, 512: 0.86}
 _NEW = {0: 0.97, 128: 0.50, 256: 0.86, 512: 0.97}
 _GPU = {0: 0.7, 64: 0.25, 128: 0.5, 256: 0.6}
 _DEVICES = {
-    "v4": _Device(275e12, 1.2e12, 128, _OLD),
-    "v5e": _Device(197e12, 0.82e12, 128, _OLD),
-    "v5p": _Device(459e12, 2.77e12, 128, _OLD),
-    "v6e": _Device(918e12, 1.64e12, 128, _NEW),
-    "tpu7x": _Device(2307e12, 7.4e12, 128, _NEW),
-    "h100": _Device(989e12, 3.35e12, 64, _GPU),
-    "h200": _Device(989e12, 4.8e12, 64, _GPU),
+    "v4": _Device(275e12, 1.2e12, 128, _OLD, 0.60e12),
+    "v5e": _Device(197e12, 0.82e12, 128, _OLD, 1.80e12),
+    "v5p": _Device(459e12, 2.77e12, 128, _OLD, 2.02e12),
+    "v6e": _Device(918e12, 1.64e12, 128, _NEW, 2.18e12),
+    "tpu7x": _Device(2307e12, 7.4e12, 128, _NEW, 2.08e12),
+    "h100": _Device(989e12, 3.35e12, 64, _GPU, 0.0),
+    "h200": _Device(989e12, 4.8e12, 64, _GPU, 0.0),
 }
 _KINDS = {
     "v4": "v4", "v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "v5": "v5p",
@@ -52,50 +56,133 @@ _KINDS = {
 
 
 def kind_of(device: str | None) -> str:
-    """The device to predict for; by default JAX's own, or a CPU where it is not known."""
+    """The device to predict for, by default JAX's own.
+
+    Raises:
+      ValueError: if there is no model for it.
+    """
     names = ("cpu", *_DEVICES)
     if device is None:
-        kind = jax.devices()[0].device_kind.lower()
-        return next((v for k, v in _KINDS.items() if k in kind), "cpu")
+        found = jax.devices()[0]
+        kind = found.device_kind.lower()
+        device = next((v for k, v in _KINDS.items() if k in kind), found.platform)
+        if device not in names:
+            raise ValueError(
+                f"device: JAX's is {found.device_kind!r}, of which there is no model; "
+                f"expected one of {', '.join(names)}. Name one of them, or have the "
+                "products timed by accelerate(..., measure=True)."
+            )
     if device not in names:
         raise ValueError(f"device: got {device!r}; expected one of {', '.join(names)}.")
     return device
 
 
-def speedup(
-    m: int, k: int, n: int, block: int, density: float, dtype, kind: str
-) -> float:
-    """Dense time over block-sparse time for `[m, k] @ [k, n]`; 0 where there is no kernel."""
+def predicted(
+    leaf: Any, packings: Sequence[Packing], kind: str, site: Site
+) -> list[tuple[float, str]]:
+    """Seconds of a product with a leaf, dense and packed; and why they are not known."""
+    k, n = layout_of(leaf.shape, site.axes).matrix
+    found = [(dense_seconds(site.rows, k, n, site.dtype, kind), "")]
+    for packing in packings:
+        shapes, transpose = packing.shapes(leaf), packing.axes != site.axes
+        found.append(
+            packed_seconds(site.rows, shapes, site.dtype, kind, transpose=transpose)
+        )
+    return found
+
+
+def dense_seconds(m: int, k: int, n: int, dtype, kind: str) -> float:
+    """Of `[m, k] @ [k, n]`."""
     if kind == "cpu":
-        return _speedup_on_cpu(m, k, n, block, density)
-    device = _DEVICES[kind]
-    size = jnp.dtype(dtype).itemsize
-    if block < device.least or (kind.startswith("h") and size == 4):
-        return 0.0
-    dense = _seconds(device, m, k, n, 1.0, device.share[0], size)
-    share = device.share[max(b for b in device.share if b <= block)]
-    return dense / _seconds(device, m, k, n, density, share, size)
+        return (_CALL + k * n * _weight(m)) * 1e-9
+    device, size = _DEVICES[kind], jnp.dtype(dtype).itemsize
+    return max(
+        _working(device, m, k, n, device.share[0], size),
+        size * (m * k + k * n + m * n) / device.bandwidth,
+    )
 
 
-def _seconds(device, m, k, n, density, share, size):
-    work = 2 * m * k * n * density * (size / 2) / (device.flops * share)
-    moved = size * (m * k + density * k * n + m * n) / device.bandwidth
-    return max(work, moved)
+def packed_seconds(
+    m: int, packed: Packed, dtype, kind: str, *, transpose: bool
+) -> tuple[float, str]:
+    """Of the product with a packed matrix, or its transpose; and why it is not known.
+
+    Args:
+      m: rows of x.
+      packed: a matrix or a stack of equal ones, of which one is meant.
+      dtype: of the product.
+      kind: of the device.
+      transpose: whether it is contracted over what it produces otherwise.
+    """
+    if kind == "cpu":
+        return _seconds_on_cpu(m, packed, transpose), ""
+    device, size = _DEVICES[kind], jnp.dtype(dtype).itemsize
+    k, n = packed.layout.matrix
+    if isinstance(packed, BlockSparseArray):
+        block = min(packed.block)
+        if block < device.least:
+            return math.nan, f"no kernel on {kind} for blocks of {block}"
+        if kind.startswith("h") and size != 2:
+            return math.nan, f"no kernel on {kind} for {jnp.dtype(dtype)}"
+        density = packed.capacity / math.prod(packed.grid)
+        share = device.share[max(b for b in device.share if b <= block)]
+        work = _working(device, m, k, n, share, size) * density
+        # On TPU the blocks are brought to the order of their rows first.
+        reads = 3 if transpose and not kind.startswith("h") else 1
+        moved = size * (m * k + reads * density * k * n + m * n) / device.bandwidth
+        return max(work, moved), ""
+    if not isinstance(packed, NMArray):
+        return math.nan, f"no kernel on {kind} for bitmaps, and the time is not known"
+    stack = math.prod(packed.shape[: -len(packed.layout.shape)])
+    held = packed.nbytes / stack
+    if _decodes(device, m, packed, dtype) and not transpose:
+        work = _working(device, m, k, n, device.share[0], size)
+        moved = (held + size * m * (k + n)) / device.bandwidth
+        return max(work, moved, k * n / device.decoded), ""
+    written = (held + size * k * n) / device.bandwidth
+    return written + dense_seconds(m, k, n, dtype, kind), ""
 
 
-def _speedup_on_cpu(m: int, k: int, n: int, block: int, density: float) -> float:
-    """Read off `benchmarks/block_sparse_cpu.py` and `go_no_go.py`, in nanoseconds of a core.
+def _decodes(device: _Device, m: int, packed: NMArray, dtype) -> bool:
+    """Whether there is a kernel that writes nothing out to memory."""
+    both = packed.dtype == dtype == jnp.bfloat16
+    return both and m <= _FEW and packed.coding == "words" and device.decoded > 0
+
+
+def _working(device, m, k, n, share, size) -> float:
+    return 2 * m * k * n * (size / 2) / (device.flops * share)
+
+
+def _seconds_on_cpu(m: int, packed: Packed, transpose: bool) -> float:
+    """Read off `benchmarks/block_sparse_cpu.py` and `go_no_go.py`, in float32 on a core.
 
     A weight in a block costs more than one in a dense matrix, the smaller the block the
-    more; a call costs something by itself, and so does cutting x and y to stretches.
+    more; a call costs something by itself, and so does cutting x and y to stretches. For
+    few rows of x, blocks are brought to the order of their rows before the transpose.
+    N:M and bitmaps are written out before they are multiplied.
     """
-    weight = 0.17 + 0.033 * m if m <= 32 else 0.25 + 0.0142 * m
-    each = next(each for rows, each in _EACH if m <= rows)
-    sparse = density * k * n * weight * each[block] + m * (k + n) * 1.0
-    return (_CALL + k * n * weight) / (_CALL + sparse)
+    k, n = packed.layout.matrix
+    if isinstance(packed, BlockSparseArray):
+        each = next(each for rows, each in _EACH if m <= rows)[packed.block[0]]
+        kept = packed.capacity / math.prod(packed.grid) * k * n
+        moved = kept * 0.5 if transpose and m <= 63 else 0.0
+        return (_CALL + kept * _weight(m) * each + moved + m * (k + n) * 1.0) * 1e-9
+    coding = packed.coding if isinstance(packed, NMArray) else "any"
+    written = _WRITTEN[coding][k * n > 1 << 20]
+    return (_CALL + k * n * (_weight(m) + written)) * 1e-9
+
+
+def _weight(m: int) -> float:
+    """Nanoseconds for a weight."""
+    return 0.17 + 0.033 * m if m <= 32 else 0.25 + 0.0142 * m
 
 
 _CALL = 25e3
+# Nanoseconds to write out a weight of N:M, by its coding, or of a bitmap; and in matrices of
+# more than 2**20 weights, which leave the cache.
+_WRITTEN = {
+    "places": (0.2, 0.8), "bitmap": (1.0, 4.0), "words": (1.2, 4.0), "any": (1.0, 2.0)
+}  # fmt: skip
 # By rows of x at most: a weight's cost in blocks of an extent, over that of a dense one.
 _EACH = (
     (4, {256: 0.9, 128: 0.9, 64: 0.9, 32: 0.95}),
@@ -103,66 +190,3 @@ _EACH = (
     (63, {256: 1.2, 128: 1.2, 64: 1.5, 32: 3.0}),
     (math.inf, {256: 1.3, 128: 1.4, 64: 2.1, 32: 3.0}),
 )
-
-
-def predict(
-    shapes: Sequence[tuple[int, int, int]],
-    structure: Block,
-    sparsity: float,
-    device: str | None = None,
-    *,
-    dtype=jnp.bfloat16,
-) -> Report:
-    """What would pay, before anything is pruned.
-
-    Args:
-      shapes: of products, each `(rows of x, K, N)`.
-      structure: square blocks, `Block(128, 128)`.
-      sparsity: share of blocks that would be pruned.
-      device: `"cpu"`, `"v4"`, `"v5e"`, `"v5p"`, `"v6e"`, `"tpu7x"`, `"h100"`, `"h200"`;
-        by default JAX's own. Nothing but the CPU has been timed.
-      dtype: of the weights.
-
-    Raises:
-      ValueError: if the device is not known, or the sparsity not in [0, 1).
-      TypeError: if the structure is not a square block.
-
-    Example:
-      >>> report = jp.predict([(2048, 4096, 4096)], jp.Block(128, 128), 0.9, "v5e")
-      >>> report.choices[0].go
-      True
-    """
-    if not isinstance(structure, Block) or structure.rows != structure.cols:
-        raise TypeError(
-            f"structure: got {structure!r}; expected a square block, as "
-            "jaxprune.Block(128, 128): others are not predicted."
-        )
-    if not 0 <= sparsity < 1:
-        raise ValueError(
-            f"sparsity: got {sparsity}; expected a share in [0, 1), such as 0.9."
-        )
-    kind, size = kind_of(device), structure.rows
-    choices = []
-    for m, k, n in shapes:
-        known = max((b for b in BLOCKS if b <= size), default=0)
-        found = speedup(m, k, n, known, 1 - sparsity, dtype, kind) if known else 0.0
-        go = found >= WORTH
-        dense = k * n * jnp.dtype(dtype).itemsize
-        kept = math.ceil((1 - sparsity) * -(-k // size) * -(-n // size))
-        nbytes = kept * (size**2 * jnp.dtype(dtype).itemsize + 12) if go else dense
-        reason = "" if go else f"not {WORTH} times as fast on {kind}"
-        choices.append(
-            Choice(
-                f"{m} x {k} x {n}",
-                (k, n),
-                m,
-                sparsity,
-                f"Block({size}, {size})" if go else "dense",
-                found,
-                False,
-                nbytes,
-                dense,
-                reason,
-            )  # fmt: skip
-        )
-    return Report(tuple(choices))

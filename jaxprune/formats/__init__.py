@@ -6,5 +6,6 @@ from ._layout import Layout as Layout
 from ._nm import NMArray as NMArray
 from ._pack import pack as pack
 from ._pack import unpack as unpack
+from ._values import value_masks as value_masks
 from ._values import values as values
 from ._values import with_values as with_values

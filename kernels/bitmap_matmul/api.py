@@ -6,8 +6,8 @@ from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+from jaxprune.kernels import _calls
 from jaxprune.kernels.bitmap_matmul import xla
 from jaxtyping import Array, Float
 
@@ -59,12 +59,7 @@ def bitmap_matmul(
         )
     k, n = packed.layout.matrix
     stack = packed.values.shape[:-1]
-    if x.shape[-1:] != (k,) or x.shape[: len(stack)] != stack:
-        raise ValueError(
-            f"x: its shape is {x.shape}; expected {[*stack, '...', k]}, since packed holds "
-            f"{f'a stack {list(stack)} of matrices' if stack else 'a matrix'} [{k}, {n}]. "
-            "Move the axis that is contracted to the end."
-        )
+    _calls.check_shape(x, stack, (k, n))
     dtype = jnp.result_type(x, packed.values)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
@@ -76,11 +71,14 @@ def bitmap_matmul(
             f"backend: got {backend!r}; expected 'xla' or None. Other backends take "
             "blocks: see jaxprune.kernels.block_sparse_matmul."
         )
-    product = functools.partial(_product, precision)
-    for _ in stack:
-        product = jax.vmap(product)
-    rows = x.astype(dtype).reshape(*stack, -1, k)
-    return product(rows, packed).reshape(*x.shape[:-1], n)
+
+    def products(x, packed):
+        stack = packed.values.shape[:-1]
+        product = _calls.over_stack(functools.partial(_product, precision), stack)
+        rows = x.astype(dtype).reshape(*stack, -1, k)
+        return product(rows, packed).reshape(*x.shape[:-1], n)
+
+    return _calls.on_mesh(products, x, packed)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -99,17 +97,13 @@ def _backward(precision, kept, dy):
         dvalues = xla.products(x, dy, packed, precision=precision)
         dvalues = dvalues.astype(packed.dtype)
     else:
-        dvalues = _no_gradient(packed.values)
+        dvalues = _calls.no_gradient(packed.values)
     return dx, dataclasses.replace(
         packed,
         values=dvalues,
-        bits=_no_gradient(packed.bits),
-        starts=_no_gradient(packed.starts),
+        bits=_calls.no_gradient(packed.bits),
+        starts=_calls.no_gradient(packed.starts),
     )
 
 
 _product.defvjp(_forward, _backward)
-
-
-def _no_gradient(x: Array) -> np.ndarray:
-    return np.zeros(x.shape, jax.dtypes.float0)

@@ -23,6 +23,7 @@ gather along lanes takes three bundles for a register, and a v4 has none within 
 
 import jax.numpy as jnp
 from jax import lax
+from jaxprune.kernels import _calls
 from jaxtyping import Array, Float, Shaped
 
 from jaxprune.formats import BitmapArray, _bitmap
@@ -47,7 +48,7 @@ def matmul(
         )
         return y + product, None
 
-    y = jnp.zeros((x.shape[0], bits.shape[-1]), jnp.float32)
+    y = _calls.zeros((x.shape[0], bits.shape[-1]), jnp.float32, x)
     number = jnp.arange(bits.shape[0])
     return lax.scan(step, y, (number, bits, starts))[0].astype(dtype)
 
@@ -93,7 +94,7 @@ def products(
         index = jnp.where(kept, index, packed.capacity)
         return found.at[index].set(dw.astype(found.dtype), mode="drop"), None
 
-    found = jnp.zeros(packed.capacity, dy.dtype)
+    found = _calls.zeros((packed.capacity,), dy.dtype, dy)
     number = jnp.arange(bits.shape[0])
     return lax.scan(step, found, (number, bits, starts))[0]
 

@@ -2,16 +2,18 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import core, lax
+from jaxprune.kernels import _calls, _hopper
 from jaxprune.kernels.block_sparse_matmul import _steps, tpu, xla
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from jaxprune.formats import BlockSparseArray
+from jaxprune.formats import BlockSparseArray, unpack
 
 Backend: TypeAlias = Literal["gpu", "tpu", "xla"]
 
@@ -32,21 +34,25 @@ class _Pattern(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class _Options:
     backend: Backend | None
-    suited: tuple[str, ...]  # to choose from where none is asked for
+    reasons: tuple[tuple[str, str], ...]  # why a backend does not take the blocks
     precision: lax.PrecisionLike
     interpret: Any
     pattern: _Pattern | None
+    wide: bool  # gives the sums, in float32
 
 
 def block_sparse_matmul(
     x: Float[Array, "... K"],
     packed: BlockSparseArray,
     *,
+    bias: Float[Array, "... N"] | None = None,
+    activation: Callable[[Array], Array] | None = None,
+    group_sizes: Int[Array, " experts"] | None = None,
     backend: Backend | None = None,
     precision: lax.PrecisionLike = None,
     interpret: Any = False,
 ) -> Float[Array, "... N"]:
-    """`x @ W` for a matrix of blocks, of which those that are not kept cost nothing.
+    """`activation(x @ W + bias)` for a matrix of blocks; those not kept cost nothing.
 
     Sums are float32. The gradient with respect to `packed.values` exists where blocks
     are kept; the pattern has none. A new pattern of the same capacity is the same
@@ -58,6 +64,14 @@ def block_sparse_matmul(
       x: for stacked matrices with their leading axes in front, `[stack, ..., K]`.
       packed: what `jaxprune.formats.pack` gave for the matrix `[K, N]`, `[stack, K, N]`,
         or a leaf of more axes, which are flattened to these.
+      bias: `[N]`, or `[stack, N]`.
+      activation: an elementwise function of float32, such as `jax.nn.gelu`. XLA applies it
+        with the bias, after the product: to sums in float32, where XLA makes them,
+        and to what the kernels of TPUs and GPUs have rounded. For a derivative, what goes
+        into it is saved in float32.
+      group_sizes: for a stack of one axis (experts) and x of `[rows, K]`, how many rows
+        belong to each matrix, one after another, as in `jax.lax.ragged_dot`; rows after
+        the last give 0. The matrices are written out for it, so that no time is saved.
       backend: `"tpu"` or `"gpu"` (Pallas; Hopper GPUs), or `"xla"`, which runs anywhere;
         by default what suits the blocks and the device.
       precision: of the products; see `jax.lax.dot_general`.
@@ -84,11 +98,11 @@ def block_sparse_matmul(
     x, packed = jax.tree.map(jnp.asarray, (x, packed))
     k, n = packed.layout.matrix
     stack = packed.values.shape[:-3]
-    if x.shape[-1:] != (k,) or x.shape[: len(stack)] != stack:
-        raise ValueError(
-            f"x: its shape is {x.shape}; expected {[*stack, '...', k]}, since packed holds "
-            f"{f'a stack {list(stack)} of matrices' if stack else 'a matrix'} [{k}, {n}]."
-        )
+    if group_sizes is None:
+        _calls.check_shape(x, stack, (k, n))
+    else:
+        _calls.check_ragged(x, group_sizes, backend, stack, (k, n))
+    _calls.check_bias(bias, stack, n)
     dtype = jnp.result_type(x, packed.values)
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype).itemsize > 4:
         raise TypeError(
@@ -98,27 +112,34 @@ def block_sparse_matmul(
     if x.size == 0:
         return jnp.zeros((*x.shape[:-1], n), dtype)
     packed = dataclasses.replace(packed, values=packed.values.astype(dtype))
+    if group_sizes is not None:
+        w = packed.layout.to_matrix(unpack(packed))
+        return _calls.ragged(
+            x.astype(dtype), w, group_sizes, bias, activation, precision=precision
+        )
     reasons = {
-        "tpu": _why_not_tpu(packed),
         "gpu": _why_not_gpu(packed, interpret),
+        "tpu": _why_not_tpu(packed),
         "xla": "",
     }
-    if backend is not None and backend not in reasons:
-        raise ValueError(
-            f"backend: got {backend!r}; expected 'gpu', 'tpu', 'xla' or None."
-        )
-    if backend and reasons[backend]:
-        raise ValueError(
-            f"backend: {backend!r} does not take these blocks: {reasons[backend]}"
-        )
-    suited = tuple(b for b, reason in reasons.items() if not reason)
+    _calls.check_backend(backend, reasons, "these blocks")
     pattern = None if stack else _known(x, packed)
-    options = _Options(backend, suited, precision, interpret, pattern)
-    product = functools.partial(_product, options)
-    for _ in stack:
-        product = jax.vmap(product)
-    rows = x.astype(dtype).reshape(*stack, -1, k)
-    return product(rows, packed).reshape(*x.shape[:-1], n)
+    finish = bias is not None or activation is not None
+    options = _Options(
+        backend, tuple(reasons.items()), precision, interpret, pattern, finish
+    )
+
+    def product(x, packed, bias):
+        y = _product(options, x, packed)
+        return _calls.finished(y, bias, activation, dtype) if finish else y
+
+    def products(x, packed, bias):
+        stack = packed.values.shape[:-3]
+        rows = x.astype(dtype).reshape(*stack, -1, k)
+        y = _calls.over_stack(product, stack)(rows, packed, bias)
+        return y.reshape(*x.shape[:-1], n)
+
+    return _calls.on_mesh(products, x, packed, bias)
 
 
 def _known(x: Array, packed: BlockSparseArray) -> _Pattern | None:
@@ -156,17 +177,7 @@ def _why_not_gpu(packed: BlockSparseArray, interpret: Any) -> str:
         return (
             f"with x, they are {packed.dtype}; expected bfloat16 or float16. Cast both."
         )
-    try:
-        found = [] if interpret else jax.devices("cuda")
-    except RuntimeError:
-        found = []  # as in an export for another machine, which is taken to be a Hopper
-    others = [d.device_kind for d in found if not d.compute_capability.startswith("9.")]
-    if others:
-        return (
-            f"{others[0]} is no GPU of the Hopper generation (compute capability 9), whose "
-            "instructions they are multiplied with. Leave backend= out."
-        )
-    return ""
+    return _hopper.why_not(interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -174,7 +185,8 @@ def _product(options: _Options, x: Array, packed: BlockSparseArray) -> Array:
     k, n = packed.layout.matrix
     x = _padded(x, 1, packed.grid[0] * packed.block[0])
     places, inner = packed.columns, packed.rows
-    y = _multiply(options, x, packed.values, None, inner, places, packed.grid)
+    dtype = jnp.float32 if options.wide else x.dtype
+    y = _multiply(options, x, packed.values, None, inner, places, packed.grid, dtype)
     return y[:, :n]
 
 
@@ -186,26 +198,26 @@ def _backward(options, kept, dy):
     x, packed = kept
     k, n = packed.layout.matrix
     (k_blocks, n_blocks), (rows, cols) = packed.grid, packed.block
-    dy = _padded(dy, 1, n_blocks * cols)
+    dy = _padded(dy.astype(x.dtype), 1, n_blocks * cols)
     order = packed.by_row
     dx = _multiply(
         options, dy, packed.values, order, packed.columns[order], packed.rows[order],
-        (n_blocks, k_blocks),
+        (n_blocks, k_blocks), x.dtype,
     )[:, :k]  # fmt: skip
     dvalues = _outer(options, _padded(x, 1, k_blocks * rows), dy, packed)
     return dx, dataclasses.replace(
         packed,
         values=dvalues,
-        rows=_no_gradient(packed.rows),
-        columns=_no_gradient(packed.columns),
-        by_row=_no_gradient(order),
+        rows=_calls.no_gradient(packed.rows),
+        columns=_calls.no_gradient(packed.columns),
+        by_row=_calls.no_gradient(order),
     )
 
 
 _product.defvjp(_forward, _backward)
 
 
-def _multiply(options, x, values, order, inner, places, grid):
+def _multiply(options, x, values, order, inner, places, grid, dtype):
     """`x` times the blocks, sorted by `places`; `grid` counts contracted and produced.
 
     With an order, blocks are not sorted themselves, and they are transposed.
@@ -217,7 +229,9 @@ def _multiply(options, x, values, order, inner, places, grid):
     order = jnp.arange(capacity, dtype=jnp.int32) if order is None else order
 
     def by_xla(x, values, order, inner, places):
-        rest = {"transpose": transpose, "precision": options.precision}
+        rest = {
+            "transpose": transpose, "precision": options.precision, "dtype": dtype
+        }  # fmt: skip
         if m <= xla.FEW:
             values = values[order] if transpose else values
             return xla.matmul_few(x, values, inner, places, outputs, **rest)
@@ -237,7 +251,7 @@ def _multiply(options, x, values, order, inner, places, grid):
             _steps.walk(places, outputs, group), outputs, group=group, bm=bm,
             transpose=transpose, precision=options.precision, interpret=options.interpret,
         )  # fmt: skip
-        return y[:m]
+        return y[:m].astype(dtype)
 
     def by_gpu(x, values, order, inner, places):
         gpu = _gpu()
@@ -247,10 +261,11 @@ def _multiply(options, x, values, order, inner, places, grid):
             x, values, order, inner, places, outputs,
             tile=tile, transpose=transpose, interpret=options.interpret,
         )  # fmt: skip
-        return y[:m]
+        return y[:m].astype(dtype)
 
     operands = x, values, order, inner, places
-    return _choose(options, {"gpu": by_gpu, "tpu": by_tpu, "xla": by_xla}, *operands)
+    by = {"gpu": by_gpu, "tpu": by_tpu, "xla": by_xla}
+    return _calls.choose(options.backend, dict(options.reasons), by, *operands)
 
 
 def _outer(options, x, dy, packed):
@@ -292,7 +307,8 @@ def _outer(options, x, dy, packed):
         )
 
     operands = x, dy, inner, packed.columns
-    return _choose(options, {"gpu": by_gpu, "tpu": by_tpu, "xla": by_xla}, *operands)
+    by = {"gpu": by_gpu, "tpu": by_tpu, "xla": by_xla}
+    return _calls.choose(options.backend, dict(options.reasons), by, *operands)
 
 
 def _gpu():
@@ -302,20 +318,8 @@ def _gpu():
     return gpu
 
 
-def _choose(options, by, *operands):
-    if options.backend:
-        return by[options.backend](*operands)
-    platforms = {"cuda": "gpu", "tpu": "tpu"}
-    branches = {p: by[b] for p, b in platforms.items() if b in options.suited}
-    return lax.platform_dependent(*operands, **branches, default=by["xla"])
-
-
 def _padded(x: Array, axis: int, size: int) -> Array:
     """`x` with zeros at the end of an axis."""
     pads = [(0, 0)] * x.ndim
     pads[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, pads) if any(pads[axis]) else x
-
-
-def _no_gradient(x: Array) -> np.ndarray:
-    return np.zeros(x.shape, jax.dtypes.float0)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxprune.kernels._hopper import processors as _processors
 from jaxtyping import Array, Float, Int32
 
 _STEP = 64  # contracted at a time: what a row of 128 bytes holds in 16 bits
@@ -458,11 +459,3 @@ def _turns(tiles, ctas):
     """How many of the tiles fall to this thread block."""
     full = jnp.asarray(tiles, jnp.int32) // ctas
     return full + (_turn(full, ctas) < tiles).astype(jnp.int32)
-
-
-def _processors() -> int:
-    """Multiprocessors of the GPU, or of an H200 where there is none."""
-    try:
-        return jax.devices("cuda")[0].core_count
-    except RuntimeError:
-        return 132

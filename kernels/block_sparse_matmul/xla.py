@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxprune.kernels import _calls
 from jaxtyping import Array, Float, Int32
 
 FEW = 63  # rows of x up to which blocks are multiplied all at once
@@ -32,6 +33,7 @@ def matmul(
     *,
     transpose: bool = False,
     precision: lax.PrecisionLike = None,
+    dtype: Any = None,
 ) -> Float[Array, "M N"]:
     """`x` times the matrix of these blocks, or times its transpose.
 
@@ -44,6 +46,7 @@ def matmul(
       outputs: blocks along the produced axis.
       transpose: contract the columns of the blocks.
       precision: of the products.
+      dtype: of the result; by default that of `x`.
     """
     bk, bn, over = _extents(values, transpose)
     parts = _stretches(x, bk)
@@ -52,9 +55,9 @@ def matmul(
         product = _dot(parts[inner[i]], values[order[i]], (over, ((), ())), precision)
         return y.at[places[i]].add(product)
 
-    y = jnp.zeros((outputs, len(x), bn), jnp.float32)
+    y = _calls.zeros((outputs, len(x), bn), jnp.float32, x)
     y = lax.fori_loop(0, jnp.sum(places < outputs), add, y)
-    return _joined(y).astype(x.dtype)
+    return _joined(y).astype(dtype or x.dtype)
 
 
 def products(
@@ -75,7 +78,7 @@ def products(
         product = _dot(left[inner[i]], right[places[i]], over, precision)
         return found.at[i].set(product)
 
-    found = jnp.zeros((inner.shape[0], rows, cols), jnp.float32)
+    found = _calls.zeros((inner.shape[0], rows, cols), jnp.float32, x)
     number = jnp.sum(places < len(right))
     return lax.fori_loop(0, number, write, found).astype(x.dtype)
 
@@ -89,6 +92,7 @@ def matmul_few(
     *,
     transpose: bool = False,
     precision: lax.PrecisionLike = None,
+    dtype: Any = None,
 ) -> Float[Array, "M N"]:
     """As `matmul`, for a handful of rows: every block is read once, and nothing else counts."""
     bk, _, ((x_axis,), (axis,)) = _extents(values, transpose)
@@ -98,7 +102,7 @@ def matmul_few(
     # [capacity, M, bn]; what has no place is dropped.
     return _joined(
         jax.ops.segment_sum(product, places, outputs, indices_are_sorted=True)
-    ).astype(x.dtype)
+    ).astype(dtype or x.dtype)
 
 
 def matmul_known(
@@ -111,6 +115,7 @@ def matmul_known(
     *,
     transpose: bool = False,
     precision: lax.PrecisionLike = None,
+    dtype: Any = None,
 ) -> Float[Array, "M N"]:
     """As `matmul`, for a pattern that is known: one product an output, side by side."""
     bk, bn, _ = _extents(values, transpose)
@@ -119,12 +124,12 @@ def matmul_known(
     found = []
     for begin, end in _runs(places, outputs):
         if begin == end:
-            found.append(jnp.zeros((len(x), bn), x.dtype))
+            found.append(jnp.zeros((len(x), bn), dtype or x.dtype))
             continue
         column = values[begin:end].reshape(-1, bn)
         over = (((1,), (0,)), ((), ()))
         y = _dot(_gathered(x, inner[begin:end], bk), column, over, precision)
-        found.append(y.astype(x.dtype))
+        found.append(y.astype(dtype or x.dtype))
     return jnp.concatenate(found, 1)
 
 

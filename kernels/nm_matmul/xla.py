@@ -10,12 +10,11 @@ from jaxprune.formats import NMArray
 def matmul(
     x: Float[Array, "M K"], packed: NMArray, *, precision: lax.PrecisionLike = None
 ) -> Float[Array, "M N"]:
-    """`x @ W`."""
-    y = jnp.matmul(
+    """`x @ W`, in float32."""
+    return jnp.matmul(
         x, packed.dense().astype(x.dtype),
         precision=precision, preferred_element_type=jnp.float32,
     )  # fmt: skip
-    return y.astype(x.dtype)
 
 
 def matmul_transposed(

@@ -138,7 +138,7 @@ def test_messages():
     ):
         f(x[:, 1:], packed)
     with pytest.raises(
-        ValueError, match="backend: got 'cpu'; expected 'tpu', 'xla' or"
+        ValueError, match="backend: got 'cpu'; expected 'gpu', 'tpu', 'xla' or"
     ):
         f(x, packed, backend="cpu")
     with pytest.raises(

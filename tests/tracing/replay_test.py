@@ -118,10 +118,55 @@ def test_scan_with_a_leaf_that_stays():
 def test_everything_else_sees_the_array():
     def fn(p, x):
         y = jnp.einsum("bmk,bkn->bmn", x[None], p["batched"][None])
-        picked = jax.lax.cond(x[0, 0] > 0, lambda w: w, lambda w: -w, p["branch"])
-        return y[0] + p["table"][jnp.arange(5)] + picked[:5]
+        return y[0] + p["table"][jnp.arange(5)] + -p["negated"][:5]
 
-    uses = run(fn, {n: weight(8, 8) for n in ("batched", "branch", "table")}, X)
-    assert ("branch", "cond") in uses and ("table", "gather") in uses
+    uses = run(fn, {n: weight(8, 8) for n in ("batched", "negated", "table")}, X)
+    assert ("negated", "slice") in uses and ("table", "gather") in uses
     assert any(u[0] == "batched" for u in uses)
     assert not any(isinstance(u[1], tuple) for u in uses)
+
+
+def test_branches_and_loops_are_entered():
+    def fn(p, x):
+        def step(state):
+            i, x = state
+            return i + 1, jax.lax.cond(
+                i > 0, lambda x: jnp.tanh(x @ p["a"]), lambda x: x @ p["b"].T, x
+            )
+
+        return jax.lax.while_loop(lambda s: s[0] < 3, step, (0, x))[1]
+
+    uses = run(fn, {n: weight(8, 8) for n in "ab"}, X)
+    assert set(uses) == {("a", (0,), 1), ("b", (1,), 1)}
+
+
+def test_views_end_where_a_branch_or_a_loop_ends():
+    def fn(p, x):
+        picked = jax.lax.cond(x[0, 0] > 0, lambda w: w, lambda w: w.T, p["a"])
+        grown = jax.lax.while_loop(lambda w: w[0, 0] < 1, lambda w: w + 1, p["b"])
+        return x @ picked @ grown
+
+    uses = run(fn, {n: weight(8, 8) for n in "ab"}, X)
+    assert set(uses) == {("a", "the end of a branch"), ("b", "the carry of a while")}
+
+
+def test_gradients_through_branches():
+    def fn(p, x):
+        taken = jax.lax.cond(x[0, 0] > -9, lambda x: x @ p["w"], lambda x: x, x)
+        return jnp.sum(jnp.square(taken))
+
+    def again(p, x):
+        closed = jax.make_jaxpr(fn)(p, x)
+        view = View(p["w"], "w", (0, 1), 0)
+
+        def contract(x, view, x_axes, view_axes, *, times, **options):
+            return jax.lax.dot_general(x, view.value, ((x_axes, view_axes), ((), ())))
+
+        return replay(
+            closed, [view, x], contract=contract, dense=lambda v, name: v.value
+        )[0]
+
+    p = {"w": weight(8, 8)}
+    np.testing.assert_allclose(
+        jax.grad(again)(p, X)["w"], jax.grad(fn)(p, X)["w"], rtol=1e-5
+    )

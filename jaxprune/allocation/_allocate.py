@@ -1,4 +1,4 @@
-"""How the sparsity of the whole is divided among the leaves."""
+"""Sparsities from shapes alone, and what a caller may pass as an allocation."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,0 +1,268 @@
+"""One-shot pruning of a whole model, block by block."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxprune import _tree, masks, tracing
+from jaxprune import allocation as allocations
+from jaxprune._tree import PyTree
+from jaxprune.allocation import Allocation
+from jaxprune.calibration import Inputs, Statistics
+from jaxprune.calibration._moments import merge_inputs
+from jaxprune.posttrain._folder import Folder, Solved
+from jaxprune.posttrain._report import Report, Row
+from jaxprune.posttrain._run import Run
+from jaxprune.posttrain._solver import Solution, Solver, Sparsity, layer_error
+from jaxprune.posttrain._sparsegpt import sparsegpt
+from jaxprune.structures import NM, Structure, Unstructured
+from jaxprune.tracing import Block, Blocks, Leaf, Site
+
+_DEFAULT = sparsegpt()
+
+Refine = Callable[[Array, Solution, Inputs], Solution]
+
+
+def prune(
+    fn: Callable[..., Any],
+    params: PyTree,
+    batches: Iterable[Any],
+    *,
+    method: Solver = _DEFAULT,
+    sparsity: Sparsity = None,
+    structure: Structure = Unstructured(),
+    allocation: Allocation = "uniform",
+    where: _tree.Where = None,
+    refine: Refine | None = None,
+    statistics: tuple[str, ...] = (),
+    propagate_error: bool = True,
+    block_of: tracing.BlockOf = tracing.block_of,
+    token_weights: Callable[..., Array] | None = None,
+    batch_axes: Mapping[str, int | tuple[int, ...]] | None = None,
+    rules: Mapping[str, Any] | None = None,
+    directory: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[PyTree, PyTree, Report]:
+    """Prunes the matrices of a model by what they do to its activations.
+
+    The function is cut into blocks (`jaxprune.tracing.blocks`), of unrolled and of scanned
+    models. Each block is run on the batches, so that its statistics are those behind
+    blocks that are pruned already; its matrices are solved one by one; and it is run again
+    to give the inputs of the next. Held at a time are the statistics of one block, and the
+    activations of all batches between two blocks.
+
+    Args:
+      fn: `fn(params, *args)`, pure, of arrays, dropout off.
+      params: its parameters.
+      batches: tuples of arguments, of one set of shapes; anything else is one argument.
+      method: a solver, such as `wanda()` or `sparsegpt()`.
+      sparsity: share of the weights to prune, in [0, 1); may be left out with `NM`.
+      structure: what is kept or pruned as one, in matrices `[K, N]`.
+      allocation: how sparsity is divided among leaves, not `"global"`; see
+        `jaxprune.prune`.
+      where: which leaves are pruned; see `jaxprune.prune`.
+      refine: `refine(w, solution, inputs) -> solution`, called after the solver with the
+        dense matrices `[stack, batch, K, N]`.
+      statistics: what `refine` needs beside what the solver does; fields of `Inputs`.
+      propagate_error: whether the inputs of a block are those behind pruned blocks, or
+        those of the dense model.
+      block_of: name of the block that a leaf belongs to; see `jaxprune.tracing.blocks`.
+        `lambda path: None` takes the function as one block.
+      token_weights: `token_weights(*args)` gives a weight for each token, 0 for padding.
+      batch_axes: see `jaxprune.calibration.calibrate`.
+      rules: see `jaxprune.tracing.sites`.
+      directory: where each block is saved when it is done. A run that was killed goes on
+        there if it is started again with the same arguments.
+      progress: `progress(name, i, n)`, called in front of block `i` of `n`.
+
+    Returns:
+      The pruned parameters; masks, `None` for leaves that were not chosen; a report with
+      a row for each matrix. Where only a part of a leaf is contracted, the rest is kept.
+
+    Raises:
+      ValueError: if there is no batch, activations or statistics are not finite, a chosen
+        leaf cannot be followed to where it is used, is used in several blocks or in two
+        ways, or `directory` was begun with other arguments.
+
+    Example:
+      >>> def fn(params, x):
+      ...     for layer in params["layers"]:
+      ...         x = jnp.tanh(x @ layer["kernel"])
+      ...     return x
+      >>> keys = jax.random.split(jax.random.key(0), 3)
+      >>> params = {"layers": [{"kernel": jax.random.normal(k, (8, 8))} for k in keys]}
+      >>> batches = [jax.random.normal(key, (32, 8)) for key in keys]
+      >>> pruned, masks, report = jp.posttrain.prune(fn, params, batches, sparsity=0.5)
+      >>> jp.masks.sparsity(masks)
+      0.5
+    """
+    listed = [b if isinstance(b, tuple) else (b,) for b in batches]
+    if not listed:
+        raise ValueError(
+            "batches: there is none; expected an iterable of at least one tuple of "
+            "arguments for fn. A generator that was used up gives nothing a second time."
+        )
+    chosen = _tree.select(params, where)
+    shapes = {p: x for p, x in _leaves(chosen).items() if not _tree.is_hole(x)}
+    wanted = _sparsities(shapes, sparsity, structure, allocation)
+    _tree.check_patterns(list(shapes), batch_axes or {}, name="batch_axes")
+    found = tracing.blocks(fn, params, *listed[0], block_of=block_of)
+    last = _check_blocks(found, wanted)
+    names = tuple(dict.fromkeys((*method.statistics, *statistics)))
+    settings = {
+        "method": method.name, "sparsity": sparsity, "structure": structure,
+        "allocation": allocation, "pruned": sorted(wanted), "refine": refine,
+        "statistics": names, "propagate_error": propagate_error,
+        "batch_axes": batch_axes,
+    }  # fmt: skip
+    folder = None if directory is None else Folder(directory, params, listed, settings)
+    run = Run(params, found, last, listed, token_weights, names)
+    rows: list[Row] = []
+    for i, block in enumerate(found.blocks[: last + 1]):
+        if progress is not None:
+            progress(block.name, i, last + 1)
+        own = run.leaves(block)
+        picked = [j for j, leaf in enumerate(block.leaves) if leaf.path in wanted]
+        pruned = None if folder is None else folder.restore(i, [own[j] for j in picked])
+        if picked and pruned is None:
+            stats = run.calibrate(block, own, picked, batch_axes, rules)
+            pruned = [
+                _solve(block, j, own[j], stats, method, refine, wanted, structure)
+                for j in picked
+            ]
+            if folder is not None:
+                folder.save(i, pruned)
+        for j, solved in zip(picked, pruned or (), strict=True):
+            run.replace(block.leaves[j], solved.w, solved.mask)
+            rows += solved.rows
+        if i < last:
+            run.propagate(block, run.leaves(block) if propagate_error else own)
+    return (*run.trees(params), Report(tuple(rows)))
+
+
+def _sparsities(shapes, sparsity, structure, allocation) -> dict[str, Sparsity]:
+    """What each leaf is to be pruned to; `None` with `NM`, which says it."""
+    if allocation == "global":
+        raise ValueError(
+            "allocation: got 'global'; expected 'uniform', 'er', 'erk', a mapping or a "
+            "function of shapes and sparsity, since matrices are pruned one after the "
+            "other. jaxprune.allocation.owl divides a sparsity by activations."
+        )
+    if isinstance(structure, NM) and sparsity is None:
+        return dict.fromkeys(shapes)
+    found = allocations.allocate(
+        allocation, {p: tuple(x.shape) for p, x in shapes.items()}, sparsity
+    )
+    return {p: found[p] for p in shapes}
+
+
+def _check_blocks(found: Blocks, wanted: Mapping[str, Any]) -> int:
+    """The last block with a leaf to prune; each may stand in one block only."""
+    blocks: dict[Leaf, list[str]] = {}
+    last = -1
+    for i, block in enumerate(found.blocks):
+        for leaf in block.leaves:
+            if leaf.path in wanted:
+                blocks.setdefault(leaf, []).append(block.name)
+                last = i
+    for leaf, names in blocks.items():
+        if len(names) > 1:
+            raise ValueError(
+                f"params: {leaf.path} is used in the blocks {', '.join(names)}, and cannot "
+                "be pruned for one of them. Leave it out with where=, or make them one "
+                "block with block_of=."
+            )
+    if unused := sorted(set(wanted) - {leaf.path for leaf in blocks}):
+        raise ValueError(
+            f"params: {_tree.listing(unused)} {'is' if len(unused) == 1 else 'are'} not "
+            "used by fn, so that nothing can be said of the inputs. Leave them out with "
+            "where=."
+        )
+    return last
+
+
+def _solve(
+    block: Block,
+    j: int,
+    w: Array,
+    stats: Statistics,
+    method: Solver,
+    refine: Refine | None,
+    wanted: Mapping[str, Sparsity],
+    structure: Structure,
+) -> Solved:
+    """Prunes leaf `j` of a block, use by use."""
+    leaf = block.leaves[j]
+    new, mask = w, jnp.ones(w.shape, bool)
+    rows = []
+    for site, inputs in _uses(leaf, w, stats, str(j)):
+        start = time.perf_counter()
+        dense = site.to_matrix(w)
+        stack, batch, k, n = dense.shape
+        solution = method.solve(dense, inputs, wanted[leaf.path], structure)
+        if refine is not None:
+            solution = refine(dense, solution, inputs)
+        new = site.from_matrix(solution.w, new)
+        mask = site.from_matrix(solution.mask, mask)
+        error = float("nan")
+        if inputs.gram is not None:
+            change, whole = (
+                float(jnp.sum(layer_error(dense, x, inputs.gram)))
+                for x in (solution.w, jnp.zeros_like(dense))
+            )
+            error = change / whole if whole else 0.0
+        damping = solution.damping
+        rows.append(
+            Row(
+                leaf.path, leaf.layer, block.name,
+                (stack * batch, k, n),
+                1 - int(masks.count_leaf(solution.mask)) / dense.size,
+                error,
+                float("nan") if damping is None else float(jnp.max(damping)),
+                time.perf_counter() - start,
+            )
+        )  # fmt: skip
+    return Solved(new, mask, rows)
+
+
+def _uses(
+    leaf: Leaf, w: Array, stats: Statistics, path: str
+) -> list[tuple[Site, Inputs]]:
+    """The matrices of a leaf, each with all that is multiplied with it."""
+    if path in stats.untraced:
+        raise ValueError(
+            f"params: {leaf} cannot be followed to a product in {stats.untraced[path]}. "
+            "Leave it out with where=, say with rules= how a primitive of your own "
+            "contracts it, or prune it without data by jaxprune.prune."
+        )
+    found: dict[Any, tuple[Site, Inputs]] = {}
+    for site, inputs in stats[path]:
+        if site.wraps:
+            raise ValueError(
+                f"params: {leaf} goes through {', '.join(site.wraps)} in front of its "
+                "product, so that its inputs do not say what a weight does. Merge that "
+                "into the weights first, or leave it out with where=."
+            )
+        key = site.stack, site.batch, site.k, site.n, site.offset
+        if key in found:
+            inputs = merge_inputs(found[key][1], inputs)
+        found[key] = site, inputs
+    if len(found) > 1:
+        seen = np.zeros(w.shape, np.int32)
+        for site, _ in found.values():
+            ones = jnp.ones(site.matrix, jnp.int32)
+            seen += np.asarray(site.from_matrix(ones, jnp.zeros(w.shape, jnp.int32)))
+        if seen.max() > 1:
+            raise ValueError(
+                f"params: {leaf} is used in two ways, as by x @ w and x @ w.T, and cannot "
+                "be pruned for one of them. Leave it out with where=."
+            )
+    return list(found.values())
+
+
+def _leaves(tree: PyTree) -> dict[str, Any]:
+    return dict(zip(*_tree.flatten(tree)[:2], strict=True))

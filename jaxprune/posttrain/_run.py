@@ -1,0 +1,158 @@
+"""A run over the blocks of a model: its weights, and what rests between the blocks."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from jaxprune import _tree, tracing
+from jaxprune._tree import PyTree
+from jaxprune.calibration import Statistics
+from jaxprune.calibration._calibrate import collect
+from jaxprune.calibration._statistics import of_trace
+from jaxprune.tracing import Block, Blocks, Leaf, Slot
+
+Values = dict[Slot, Any]
+
+
+class Run:
+    """Weights as far as they are pruned, masks, and the activations of each batch."""
+
+    def __init__(
+        self,
+        params: PyTree,
+        found: Blocks,
+        last: int,
+        batches: Sequence[tuple],
+        token_weights: Callable[..., Array] | None,
+        statistics: tuple[str, ...],
+    ):
+        paths, leaves, _ = _tree.flatten(params)
+        self.weights = dict(zip(paths, leaves, strict=True))
+        self.found: dict[str, Bool[Array, ...]] = {}
+        self.own: set[str] = set()  # leaves that are no longer the caller's
+        self.statistics = statistics
+        # Without statistics only shapes are needed, and nothing is run.
+        batches = batches if statistics else jax.eval_shape(lambda: list(batches[:1]))
+        self.values: list[Values] = [
+            dict(zip(found.inputs, jax.tree.leaves(args), strict=True))
+            for args in batches
+        ]
+        self.tokens = None
+        if token_weights is not None:
+            self.tokens = [token_weights(*args) for args in batches]
+        # Behind which block a value is read for the last time.
+        self.until: dict[int, int] = {}
+        for i, block in enumerate(found.blocks[: last + 1]):
+            self.until |= {s.number: i for s in block.reads}
+        self.step = 0
+        self.programs: dict[Any, Callable] = {}
+        self.steps: dict[Any, dict] = {}
+
+    def leaves(self, block: Block) -> tuple[Array, ...]:
+        """What a block reads of the parameters."""
+        return tracing.take(block, self.weights)
+
+    def calibrate(
+        self,
+        block: Block,
+        own: tuple[Array, ...],
+        picked: Sequence[int],
+        batch_axes: Mapping[str, Any] | None,
+        rules: Mapping[str, Any] | None,
+    ) -> Statistics:
+        """Statistics of some leaves of a block, over all batches."""
+        tokens = self.tokens
+
+        def where(path: str, leaf: Any) -> bool:
+            del leaf
+            return int(path) in picked
+
+        axes = _axes_of(block, picked, batch_axes or {})
+        options = {"where": where, "batch_axes": axes, "rules": rules}
+        if not self.statistics:
+            reads = tracing.reads(block, self.values[0])
+            trace = tracing.sites(block.fn, own, *reads, **options)
+            return of_trace(trace, ())
+
+        def fn(own, weights, *reads):
+            del weights
+            return block.fn(own, *reads)
+
+        batches = (
+            (None if tokens is None else tokens[i], *tracing.reads(block, values))
+            for i, values in enumerate(self.values)
+        )
+        # Blocks that do the same share what is compiled.
+        key = block.fn, tuple(picked), tuple(axes.items())
+        steps = self.steps.setdefault(key, {})
+        return collect(
+            fn, own, batches, steps, statistics=self.statistics,
+            token_weights=None if tokens is None else lambda weights, *_: weights,
+            name_of=lambda path: str(block.leaves[int(path)]),
+            **options,
+        )  # fmt: skip
+
+    def propagate(self, block: Block, own: tuple[Array, ...]) -> None:
+        """Runs a block on all batches, and forgets what no other one reads."""
+        program = functools.partial(jax.eval_shape, block.fn)
+        if self.statistics:
+            program = self.programs.setdefault(block.fn, jax.jit(block.fn))
+        for values in self.values:
+            reads = tracing.reads(block, values)
+            found = program(own, *reads)
+            values |= zip(block.writes, found, strict=True)
+            for slot in [
+                s for s in values if self.until.get(s.number, -1) <= self.step
+            ]:
+                del values[slot]
+        self.step += 1
+
+    def replace(self, leaf: Leaf, w: Array, mask: Bool[Array, "..."]) -> None:
+        """Puts pruned weights in the place of dense ones."""
+        path, layer = leaf
+        if layer is None:
+            self.weights[path], self.found[path] = w, mask
+            return
+        if path not in self.own:  # what is written into is ours
+            self.own.add(path)
+            self.weights[path] = jnp.copy(self.weights[path])
+            self.found[path] = jnp.ones(self.weights[path].shape, bool)
+        self.weights[path] = _put(self.weights[path], w, layer)
+        self.found[path] = _put(self.found[path], mask, layer)
+
+    def trees(self, params: PyTree) -> tuple[PyTree, PyTree]:
+        """The weights and the masks, as trees."""
+        paths, leaves, treedef = _tree.flatten(params)
+        weights = [self.weights[p] for p in paths]
+        masks = [self.found.get(p) for p in paths]
+        masks = [
+            x if _tree.is_hole(x) else m for m, x in zip(masks, leaves, strict=True)
+        ]
+        return treedef.unflatten(weights), treedef.unflatten(masks)
+
+
+def _axes_of(
+    block: Block, picked: Sequence[int], table: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """`batch_axes` for the leaves of a block, which are called by their numbers."""
+    found = {}
+    for j in picked:
+        path, layer = block.leaves[j]
+        axes = _tree.lookup(path, table)
+        if axes is not None:
+            axes = axes if isinstance(axes, Iterable) else (axes,)
+            gone = layer is not None
+            found[str(j)] = tuple(a - 1 if gone and a > 0 else a for a in axes)
+    return found
+
+
+def _put(whole: Array, x: Array, layer: int) -> Array:
+    return _put_donated(whole, x, np.int32(layer))
+
+
+_put_donated = jax.jit(lambda whole, x, layer: whole.at[layer].set(x), donate_argnums=0)

@@ -1,0 +1,254 @@
+"""Pruning a model block by block."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxprune as jp
+from jaxprune import posttrain
+from jaxprune.calibration import calibrate
+
+SOLVERS = {
+    "magnitude": posttrain.magnitude(),
+    "sparsegpt": posttrain.sparsegpt(),
+}
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        h = nn.gelu(nn.Dense(24, name="up")(nn.LayerNorm()(x)))
+        return x + nn.Dense(12, name="down")(h), None
+
+
+class Model(nn.Module):
+    scanned: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        if self.scanned:
+            layers = nn.scan(
+                Layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=3,
+            )
+            return layers(name="layers")(x, None)[0]
+        for i in range(3):
+            x, _ = Layer(name=f"layers_{i}")(x)
+        return x
+
+
+def batches(count=3, rows=64):
+    keys = jax.random.split(jax.random.key(5), count)
+    mix = jax.random.normal(jax.random.key(6), (12, 12)) * np.arange(1, 13)
+    return [jax.random.normal(key, (rows, 12)) @ mix for key in keys]
+
+
+@functools.cache
+def both():
+    """A model in two forms with the same weights."""
+    scanned = Model(True)
+    params = scanned.init(jax.random.key(0), batches()[0])
+    stacked = params["params"]["layers"]
+    unrolled = {
+        f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(3)
+    }
+    return (scanned.apply, params), (Model().apply, {"params": unrolled})
+
+
+def output_error(fn, params, new):
+    found = [(fn(params, x), fn(new, x)) for x in batches()]
+    change = sum(float(jnp.sum((a - b) ** 2)) for a, b in found)
+    return change / sum(float(jnp.sum(a**2)) for a, _ in found)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_scanned_model_is_pruned_as_an_unrolled_one(name):
+    found = []
+    for fn, params in both():
+        new, masks, report = posttrain.prune(
+            fn, params, batches(), method=SOLVERS[name], sparsity=0.5
+        )
+        assert jp.masks.sparsity(masks) == 0.5
+        np.testing.assert_array_equal(
+            new["params"][next(iter(new["params"]))]["up"]["bias"],
+            params["params"][next(iter(params["params"]))]["up"]["bias"],
+        )
+        found.append((new, masks, report))
+    (scanned, masks, report), (unrolled, other, _) = found
+    for i in range(3):
+        for part in ("up", "down"):
+            a = masks["params"]["layers"][part]["kernel"][i]
+            b = other["params"][f"layers_{i}"][part]["kernel"]
+            assert np.mean(np.asarray(a) != np.asarray(b)) <= 0.001
+            np.testing.assert_allclose(
+                scanned["params"]["layers"][part]["kernel"][i],
+                unrolled["params"][f"layers_{i}"][part]["kernel"],
+                rtol=1e-3, atol=1e-4,
+            )  # fmt: skip
+    assert [row.layer for row in report.rows] == [0, 0, 1, 1, 2, 2]
+    assert "layers/up/kernel[1]" in str(report)
+
+
+def test_better_than_magnitude_and_than_dense_inputs():
+    fn, params = both()[1]
+    run = functools.partial(posttrain.prune, fn, params, batches(), sparsity=0.6)
+    errors = {
+        name: output_error(fn, params, run(method=solver)[0])
+        for name, solver in SOLVERS.items()
+    }
+    assert errors["sparsegpt"] < 0.7 * errors["magnitude"]
+    dense = output_error(fn, params, run(propagate_error=False)[0])
+    assert errors["sparsegpt"] < 1.05 * dense and dense != errors["sparsegpt"]
+
+
+def test_the_first_block_is_solved_on_the_inputs_of_the_dense_model():
+    fn, params = both()[1]
+    method = posttrain.sparsegpt()
+    new, _, report = posttrain.prune(fn, params, batches(), sparsity=0.5)
+    stats = calibrate(fn, params, batches(), statistics=("gram",))
+    ((site, inputs),) = stats["layers_0/up/kernel"]
+    w = params["params"]["layers_0"]["up"]["kernel"]
+    found = method.solve(site.to_matrix(w), inputs, 0.5, jp.Unstructured())
+    np.testing.assert_allclose(
+        new["params"]["layers_0"]["up"]["kernel"], found.w[0, 0], rtol=1e-4, atol=1e-5
+    )
+    row = next(r for r in report.rows if r.path == "layers_0/up/kernel")
+    whole = posttrain.layer_error(w, 0 * w, inputs.gram[0, 0])
+    np.testing.assert_allclose(row.error, found.error[0, 0] / whole, rtol=1e-4)
+    assert row.shape == (1, 12, 24) and row.sparsity == 0.5 and row.block == "layers_0"
+
+
+def test_structures_allocations_and_where():
+    fn, params = both()[1]
+    new, masks, report = posttrain.prune(
+        fn, params, batches(), structure=jp.NM(2, 4), where="*/up/kernel"
+    )
+    groups = np.asarray(masks["params"]["layers_1"]["up"]["kernel"]).reshape(3, 4, 24)
+    assert (groups.sum(1) == 2).all() and len(report.rows) == 3
+    assert masks["params"]["layers_1"]["down"]["kernel"] is None
+    _, _, report = posttrain.prune(
+        fn, params, batches(), method=posttrain.magnitude(),
+        allocation={"*": 0.75, "layers_0/*": 0.25},
+    )  # fmt: skip
+    assert [r.sparsity for r in report.rows] == [0.25, 0.25, 0.75, 0.75, 0.75, 0.75]
+    with pytest.raises(ValueError, match="allocation: got 'global'"):
+        posttrain.prune(fn, params, batches(), sparsity=0.5, allocation="global")
+
+
+def test_killed_and_resumed(tmp_path):
+    fn, params = both()[0]
+    run = functools.partial(posttrain.prune, fn, params, batches(), sparsity=0.5)
+    whole = run()
+    seen = []
+
+    def stop(name, i, n):
+        seen.append((name, i, n))
+        if i == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(directory=tmp_path / "run", progress=stop)
+    assert seen == [("", 0, 4), ("layers/0", 1, 4), ("layers/1", 2, 4)]
+    resumed = run(directory=tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, resumed[:2], whole[:2])
+    drop = [[r._replace(seconds=0) for r in x[2].rows] for x in (resumed, whole)]
+    np.testing.assert_equal(*drop)
+    with pytest.raises(ValueError, match=r"sparsity: .* was begun with 0.5"):
+        posttrain.prune(
+            fn, params, batches(), sparsity=0.25, directory=tmp_path / "run"
+        )
+    with pytest.raises(ValueError, match="method: .* was begun with"):
+        run(method=posttrain.magnitude(), directory=tmp_path / "run")
+    with pytest.raises(ValueError, match="batches: .* was begun with other values"):
+        posttrain.prune(
+            fn, params, batches(2), sparsity=0.5, directory=tmp_path / "run"
+        )
+
+
+def test_refine_and_its_statistics():
+    fn, params = both()[1]
+
+    def refine(w, found, inputs):
+        assert inputs.mean is not None and inputs.gram is None
+        return found._replace(w=jnp.where(found.mask, 2 * w, 0))
+
+    new, masks, _ = posttrain.prune(
+        fn, params, batches(), method=posttrain.magnitude(), sparsity=0.5,
+        refine=refine, statistics=("mean",),
+    )  # fmt: skip
+    w = params["params"]["layers_0"]["up"]["kernel"]
+    mask = masks["params"]["layers_0"]["up"]["kernel"]
+    np.testing.assert_array_equal(
+        new["params"]["layers_0"]["up"]["kernel"], np.where(mask, 2 * w, 0)
+    )
+
+
+def test_padding_is_left_out():
+    fn, params = both()[1]
+    x = batches(1)[0]
+    padded = jnp.concatenate([x, 100 * jnp.ones((16, 12))])
+
+    def weights(x):
+        return (jnp.arange(len(x)) < 64).astype(jnp.float32)
+
+    found = [
+        posttrain.prune(fn, params, [data], sparsity=0.5, token_weights=of)[0]
+        for data, of in ((x, None), (padded, weights))
+    ]
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
+
+
+def test_slices_of_a_leaf_are_pruned_one_by_one():
+    def fn(params, x):
+        query, value = jnp.split(params["qv"], 2, axis=1)
+        return jnp.tanh(x @ query) @ value.T
+
+    params = {"qv": jax.random.normal(jax.random.key(0), (12, 16))}
+    _, masks, report = posttrain.prune(fn, params, batches(), sparsity=0.5)
+    assert [row.shape for row in report.rows] == [(1, 12, 8), (1, 8, 12)]
+    assert jp.masks.sparsity(masks) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (lambda p, x: x @ p["w"] @ p["w"].T, "params: w is used in two ways"),
+        (lambda p, x: x @ jnp.linalg.inv(p["w"]), "params: w cannot be followed"),
+        (lambda p, x: x @ (p["w"] * 2), r"params: w goes through mul"),
+        (lambda p, x: x, "params: w is not used by fn"),
+    ],
+)
+def test_leaves_that_cannot_be_pruned(fn, message):
+    params = {"w": jax.random.normal(jax.random.key(0), (12, 12))}
+    with pytest.raises(ValueError, match=message):
+        posttrain.prune(fn, params, batches(), sparsity=0.5)
+
+
+def test_a_leaf_of_several_blocks():
+    def fn(params, x):
+        x = jnp.tanh(x @ params["layers"][0] @ params["shared"])
+        return jnp.tanh(x @ params["layers"][1] @ params["shared"])
+
+    w = jax.random.normal(jax.random.key(0), (12, 12))
+    params = {"layers": [w, w], "shared": w}
+    with pytest.raises(ValueError, match="shared is used in the blocks"):
+        posttrain.prune(fn, params, batches(), sparsity=0.5)
+    _, masks, _ = posttrain.prune(
+        fn, params, batches(), sparsity=0.5, block_of=lambda path: None
+    )
+    assert jp.masks.sparsity(masks) == 0.5
+
+
+def test_bad_batches():
+    fn, params = both()[1]
+    with pytest.raises(ValueError, match="batches: there is none"):
+        posttrain.prune(fn, params, [], sparsity=0.5)
+    with pytest.raises(ValueError, match="not finite"):
+        posttrain.prune(fn, params, [batches()[0].at[0, 0].set(jnp.nan)], sparsity=0.5)
