@@ -90,7 +90,8 @@ def prune(net: demo.Net, windows: np.ndarray, setting: Setting) -> tuple[Any, An
     """Params and masks."""
     sparsity, structure = PATTERNS[setting.pattern]
     method, _, extra = setting.method.partition(" + ")
-    batches = np.split(windows, len(windows) // demo.BATCH)
+    steps = range(0, len(windows), demo.BATCH)
+    batches = [windows[i : i + demo.BATCH] for i in steps]
     options = {}
     if extra == "OWL":
         options["allocation"] = owl(net, batches)

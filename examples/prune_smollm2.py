@@ -126,7 +126,7 @@ def prune(
     params, masks, _ = jp.posttrain.prune(
         net.logits,
         net.params,
-        np.split(windows, len(windows) // BATCH),
+        [windows[i : i + BATCH] for i in range(0, len(windows), BATCH)],
         method=METHODS[method],
         sparsity=SPARSITY,
         structure=structure,

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": _BASE | {"_prune", "penalties"},
     "tracing": {"_tree"},
     "calibration": {"_tree", "tracing"},
-    "posttrain": _MEASURES,
+    "posttrain": _MEASURES | {"checkpoint"},
     "structured": {"_tree", "tracing", "scores", "calibration"},
     "formats": {"_tree", "masks", "structures"},
     "kernels": {"formats", "masks", "structures"},

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -105,6 +106,13 @@ def prune(
         raise ValueError(
             "batches: there is none; expected an iterable of at least one tuple of "
             "arguments for fn. A generator that was used up gives nothing a second time."
+        )
+    spelled = [str(jax.tree.map(jax.typeof, args)) for args in listed]
+    if odd := [i for i, x in enumerate(spelled) if x != spelled[0]]:
+        raise ValueError(
+            f"batches: batch {odd[0]} is {spelled[odd[0]]}, and the first one {spelled[0]}; "
+            "expected one set of shapes. Pad, and leave padding out with token_weights=, or "
+            "leave the odd batch out."
         )
     chosen = _tree.select(params, where)
     shapes = {p: x for p, x in _leaves(chosen).items() if not _tree.is_hole(x)}

@@ -312,9 +312,13 @@ class _Cutter:
             pieces[-1].ops.append(op)
             if self.sources(op.ins):
                 free = i + 1
-        # The last block ends where no more is alive than in front of it.
-        cuts = (t for t in range(free, len(ops)) if alive[t] <= alive[begin])
-        if pieces[-1].name and (cut := next(cuts, None)) is not None:
+        # The last block ends where less is alive than in front of it, as in a loss.
+        cut = next(
+            (t for t in range(free, len(ops)) if alive[t] <= alive[begin]), len(ops)
+        )
+        while cut < len(ops) and alive[cut] == alive[cut + 1]:
+            cut += 1
+        if pieces[-1].name and cut < len(ops):
             last = _take_last(pieces[-1].ops, len(ops) - cut)
             pieces.append(_Piece("", last, {}, {}, {}))
         return [p for p in pieces if p.ops]

@@ -54,7 +54,9 @@ def of_values(packed, dw):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("activation", [None, jax.nn.relu, jax.nn.gelu], ids=str)
+@pytest.mark.parametrize(
+    "activation", [None, jax.nn.relu, jax.nn.gelu], ids=["none", "relu", "gelu"]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_bias_and_activation(name, activation, dtype):
     f, x, packed, w = make(name, 5, dtype)

@@ -171,6 +171,27 @@ def test_killed_and_resumed(tmp_path):
         )
 
 
+@pytest.mark.parametrize("explicit", [False, True])
+def test_eight_devices_and_one(explicit):
+    fn, params = both()[0]
+    kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    rows = jax.NamedSharding(mesh, jax.P("data"))
+    whole = jax.NamedSharding(mesh, jax.P())
+    one, masks, _ = posttrain.prune(fn, params, batches(), sparsity=0.5)
+    with jax.set_mesh(mesh):
+        eight, others, _ = posttrain.prune(
+            fn,
+            jax.device_put(params, whole),
+            [jax.device_put(x, rows) for x in batches()],
+            sparsity=0.5,
+        )
+    for a, b in zip(*map(jax.tree.leaves, (masks, others)), strict=True):
+        assert np.mean(np.asarray(a) != np.asarray(b)) <= 0.001
+    for a, b in zip(*map(jax.tree.leaves, (one, eight)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
+
+
 def test_refine_and_its_statistics():
     fn, params = both()[1]
 
@@ -250,5 +271,8 @@ def test_bad_batches():
     fn, params = both()[1]
     with pytest.raises(ValueError, match="batches: there is none"):
         posttrain.prune(fn, params, [], sparsity=0.5)
+    odd = [batches()[0], batches()[1][:32]]
+    with pytest.raises(ValueError, match=r"batches: batch 1 is .*\n?.*token_weights="):
+        posttrain.prune(fn, params, odd, sparsity=0.5)
     with pytest.raises(ValueError, match="not finite"):
         posttrain.prune(fn, params, [batches()[0].at[0, 0].set(jnp.nan)], sparsity=0.5)
