@@ -112,6 +112,43 @@ def _pass_on(primals, tangents):
     return straight_through(*primals), tangents[0]
 
 
+def either(
+    test: Bool[Array, ""],
+    f: Callable[..., PyTree],
+    g: Callable[..., PyTree],
+    weights: PyTree,
+    *fixed: Array,
+) -> PyTree:
+    """`f(weights, *fixed)` if `test` holds, else `g`; derivatives are those by `weights`.
+
+    What a derivative needs is made again from the weights, not stored, and behind a
+    branch, so that it is there for these weights only. For reverse mode.
+    """
+
+    @jax.custom_vjp
+    def chosen(test, weights, *fixed):
+        return lax.cond(test, f, g, weights, *fixed)
+
+    def forward(test, weights, *fixed):
+        return chosen(test, weights, *fixed), (test, weights, fixed)
+
+    def backward(residuals, cotangent):
+        test, weights, fixed = residuals
+
+        def transposed(h):
+            def run(weights, cotangent, *fixed):
+                return jax.vjp(lambda w: h(w, *fixed), weights)[1](cotangent)[0]
+
+            return run
+
+        branches = transposed(f), transposed(g)
+        by_weights = lax.cond(test, *branches, weights, cotangent, *fixed)
+        return None, by_weights, *(None for _ in fixed)
+
+    chosen.defvjp(forward, backward)
+    return chosen(test, weights, *fixed)
+
+
 def finite(w: Array) -> Array:
     """`w`, with 0 for what is not finite, where it is added to a gradient."""
     return jnp.where(jnp.isfinite(w), w, 0)

@@ -23,6 +23,7 @@ from jaxprune.training._method import (
     advance,
     all_gradients,
     arrays,
+    either,
     packed_masks,
     replace_masks,
     start,
@@ -140,14 +141,15 @@ class _View:
         def see(w, mask):
             path = next(paths)
 
-            # What the derivative needs is made again from the weights, not stored.
-            @jax.checkpoint
+            def hard(w, limit, tau):
+                del limit, tau
+                return jnp.where(masks.as_bool(mask), w, 0)
+
             def soft(w, limit, tau):
                 m = _soft(self.structure, path, w, limit, tau)
                 return (w * m).astype(w.dtype)
 
-            hard = jnp.where(masks.as_bool(mask), w, 0)
-            return jnp.where(own.hard, hard, soft(w, next(limits), own.tau))
+            return either(own.hard, hard, soft, w, next(limits), own.tau)
 
         return _tree.map_leaves(see, params, state.masks)
 

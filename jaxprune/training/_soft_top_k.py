@@ -1,7 +1,6 @@
 """Soft top-k masks by regularised transportation (Spartan, arXiv 2205.14107)."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -24,6 +23,8 @@ from jaxprune.training._method import (
     advance,
     all_gradients,
     arrays,
+    either,
+    packed_masks,
     replace_masks,
     start,
     straight_through,
@@ -154,12 +155,19 @@ def soft_top_k(
     def take_up(new: PyTree, state: MethodState, old: PyTree) -> PyTree:
         """At `harden` the weights become what the forward pass saw of them."""
         del old
-        return lax.cond(
-            state.step == harden,
-            lambda p: _weigh(structure, shared, p, state.own),
-            lambda p: p,
-            new,
-        )
+
+        paths, weights = _tree.paths(new), arrays(new)
+        found: list[Array] = []
+        for group, mu in _groups(len(paths), shared, state.own):  # one branch for each
+
+            def weigh(ws, mu, beta, group=group):
+                return _weigh(structure, paths[group], ws, mu, beta)
+
+            due = state.step == harden
+            operands = weights[group], mu, state.own.beta
+            found += lax.cond(due, weigh, lambda ws, *_: ws, *operands)
+        seen = iter(found)
+        return _tree.map_leaves(lambda w: next(seen), new)
 
     view = _View(structure, shared)
     return Method(init, update, all_gradients, take_up, view, dense=True)
@@ -176,37 +184,57 @@ class _View:
         return hash((type(self.structure), self.shared))  # axes may be a mapping
 
     def __call__(self, params: PyTree, state: MethodState) -> PyTree:
-        # What the derivative needs is made again from the weights, not stored.
-        weigh = jax.checkpoint(functools.partial(_weigh, self.structure, self.shared))
-        soft = weigh(params, state.own)
+        own: SoftTopKState = state.own
+        paths, weights = _tree.paths(params), arrays(params)
+        packed = packed_masks(state.masks)
+        found: list[Array] = []
+        for group, mu in _groups(len(paths), self.shared, own):
 
-        def see(w, u, mask):
-            keep = masks.as_bool(mask)
-            passed = straight_through(u, jnp.where(keep, u, 0))
-            return jnp.where(state.own.hard, jnp.where(keep, w, 0), passed)
+            def hard(ws, mu, beta, group=group):
+                del mu, beta
+                return _kept(ws, packed[group])
 
-        return _tree.map_leaves(see, params, soft, state.masks)
+            def soft(ws, mu, beta, group=group):
+                us = _weigh(self.structure, paths[group], ws, mu, beta)
+                seen = _kept(us, packed[group])
+                return [straight_through(*xs) for xs in zip(us, seen, strict=True)]
+
+            found += either(own.hard, hard, soft, weights[group], mu, own.beta)
+        new = iter(found)
+        return _tree.map_leaves(lambda w: next(new), params)
+
+
+def _kept(ws: Sequence[Array], packed: Sequence[masks.PackedMask]) -> list[Array]:
+    keeps = map(masks.as_bool, packed)
+    return [jnp.where(keep, w, 0) for keep, w in zip(keeps, ws, strict=True)]
+
+
+def _groups(
+    count: int, shared: bool, own: SoftTopKState
+) -> list[tuple[slice, Float[Array, ""]]]:
+    """The leaves that share an offset, and it."""
+    if shared:
+        return [(slice(None), own.offsets[0])]
+    return [(slice(i, i + 1), own.offsets[i]) for i in range(count)]
 
 
 def _weigh(
-    structure: Structure, shared: bool, params: PyTree, own: SoftTopKState
-) -> PyTree:
+    structure: Structure,
+    paths: Sequence[str],
+    weights: Sequence[Array],
+    mu: Array,
+    beta: Array,
+) -> list[Array]:
     """`w m`, whose gradient takes into account that the masks keep their mass."""
-    paths, weights = _tree.paths(params), arrays(params)
-    values = [_values(structure, p, w) for p, w in zip(paths, weights, strict=True)]
-    logits = []
-    for some, mu in zip(
-        _grouped(values, shared),
-        own.offsets[:1] if shared else own.offsets,
-        strict=True,
-    ):
-        offset = _attached(mu, own.beta, [_score(x) for x in some])
-        logits += [own.beta * _score(x) + offset for x in some]
-    soft = iter(
-        structure.spread(p, jax.nn.sigmoid(x), w)
-        for p, x, w in zip(paths, logits, weights, strict=True)
-    )
-    return _tree.map_leaves(lambda w: (w * next(soft)).astype(w.dtype), params)
+    values = [
+        _score(_values(structure, p, w)) for p, w in zip(paths, weights, strict=True)
+    ]
+    offset = _attached(mu, beta, values)
+    soft = [
+        structure.spread(p, jax.nn.sigmoid(beta * x + offset), w)
+        for p, x, w in zip(paths, values, weights, strict=True)
+    ]
+    return [(w * m).astype(w.dtype) for w, m in zip(weights, soft, strict=True)]
 
 
 @jax.custom_vjp
