@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 import jaxprune as jp
 from jaxprune import allocation
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPES = {f"{i}/kernel": (8, 8) for i in range(4)}
 FUNCTIONS = {
     "owl": functools.partial(allocation.owl, limit=0.1),

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 import jaxprune as jp
 from jaxprune.formats import pack, unpack
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-@settings(max_examples=30)  # each compiles anew
+
+@settings(max_examples=15)  # each compiles anew
 @given(
     st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 4),
     st.sampled_from(["float32", "bfloat16", "float16"]), st.integers(0, 5),

@@ -10,6 +10,8 @@ from jaxprune.kernels.bitmap_matmul import reference, shapes, xla
 
 import jaxprune as jp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 

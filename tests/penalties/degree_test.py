@@ -7,6 +7,8 @@ import pytest
 
 from jaxprune import penalties
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 missing_links = jax.jit(penalties.missing_links, static_argnames="eps")
 degree_weights = jax.jit(penalties.degree_weights, static_argnames=("eps", "reading"))
 degree_l1 = jax.jit(penalties.degree_l1, static_argnames=("eps", "reading"))

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from jaxprune import penalties
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PROX = jax.jit(penalties.prox_sqrt_l1)
 SQRT_L1 = jax.jit(penalties.sqrt_l1, static_argnames="delta")
 

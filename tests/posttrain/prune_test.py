@@ -12,6 +12,8 @@ import jaxprune as jp
 from jaxprune import posttrain
 from jaxprune.calibration import calibrate
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SOLVERS = {
     "magnitude": posttrain.magnitude(),
     "sparsegpt": posttrain.sparsegpt(),

@@ -11,6 +11,8 @@ from jax import lax
 from jaxprune import _tree, tracing
 from jaxprune.tracing import Leaf
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def run(found, params, args):
     """Outputs of the blocks, one after the other."""

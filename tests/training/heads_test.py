@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from jaxprune.training import _heads
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 find = jax.jit(_heads.find_dominating)
 kept_heads = jax.jit(_heads.kept_heads)
 fold_heads = jax.jit(_heads.fold_heads)
