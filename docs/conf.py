@@ -26,6 +26,7 @@ myst_enable_extensions = ["dollarmath", "amsmath"]
 
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_attr_annotations = False  # shapes such as *stack are no markup
 # Fields of a NamedTuple are told once, in the docstring.
 napoleon_use_ivar = True
 autodoc_member_order = "bysource"

@@ -62,7 +62,7 @@ def by_block_error(
       optimizer: by default `optax.adam(0.05)`.
 
     Returns:
-      `{path: sparsity}`, for `jaxprune.prune(allocation=...)`; of several blocks, the
+      Sparsities by path, for `jaxprune.prune(allocation=...)`; of several blocks, the
       union.
 
     Raises:

@@ -72,8 +72,8 @@ def perp_init(
         gradient, and stay alike for ever, as one.
 
     Returns:
-      `{path: leaf or LoRA}`, in at least float32, to take gradients by. Any other leaf
-      may be added, such as `{"head/kernel": params["head"]["kernel"]}`; one with a mask
+      Leaves, and `LoRA` factors, by path, in at least float32. Any other
+      leaf may be added under its path, such as the kernel of a head; one with a mask
       obeys it.
 
     Raises:
