@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float
 
 from jaxprune import _tree
@@ -81,7 +80,8 @@ def by_similarity(
     Args:
       shapes: of the leaves to prune, by path.
       sparsity: of the whole.
-      similarities: of the input and output of each block, as `similarity` gives it, by a
+      similarities: of the input and output of each block, as
+        `jaxprune.calibration.similarity` gives them, by a
         pattern on the paths of its leaves; the last that matches counts.
       amplitude: the largest distance from the sparsity of the whole.
 
@@ -143,55 +143,6 @@ def outlier_ratio(scores: Any, *, multiple: float = 5.0) -> Float[Array, ""]:
     return sum(
         (_mean(x > multiple * mean) * (x.size / size) for x in leaves), jnp.float32(0)
     )
-
-
-def similarity(
-    before: Float[Array, "*rows width"],
-    after: Float[Array, "*rows width"],
-    *,
-    weights: Float[Array, "*rows"] | None = None,
-) -> Float[Array, ""]:
-    """Mean cosine of a block's inputs and outputs, row by row.
-
-    Args:
-      before: hidden states that enter the block.
-      after: those that leave it, of the same shape.
-      weights: of the rows; 0 for padding.
-
-    Returns:
-      A number in [-1, 1], float32. A row of zeros counts as 0.
-
-    Raises:
-      ValueError: if shapes do not fit.
-
-    Example:
-      >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0]])
-      >>> jp.allocation.similarity(x, jnp.array([[3.0, 0.0], [1.0, 0.0]]))
-      Array(0.5, dtype=float32)
-
-    References:
-      Men et al., ShortGPT: Layers in Large Language Models are More Redundant Than You
-      Expect, arXiv 2403.03853: the block influence is one minus this.
-    """
-    shape = jnp.shape(before)
-    if not shape or jnp.shape(after) != shape:
-        raise ValueError(
-            f"similarity: after has the shape {jnp.shape(after)}, but before has {shape}; "
-            "expected the same, hidden states along the last axis."
-        )
-    if weights is not None and jnp.shape(weights) != shape[:-1]:
-        raise ValueError(
-            f"similarity: weights has the shape {jnp.shape(weights)}; expected "
-            f"{shape[:-1]}, one for each row."
-        )
-    x, y = (jnp.asarray(a, jnp.float32) for a in (before, after))
-    norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
-    dots = jnp.einsum("...d,...d->...", x, y, precision=lax.Precision.HIGHEST)
-    cosines = dots / jnp.where(norms > 0, norms, 1)
-    if weights is None:
-        return jnp.mean(cosines)
-    weights = jnp.asarray(weights, jnp.float32)
-    return jnp.sum(cosines * weights) / jnp.maximum(jnp.sum(weights), 1e-30)
 
 
 def _mean(x: Array) -> Array:

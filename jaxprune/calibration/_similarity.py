@@ -35,6 +35,7 @@ def similarity(
     *,
     block_of: tracing.BlockOf = tracing.numbered,
     select: Select | None = None,
+    token_weights: Callable[..., Array] | None = None,
 ) -> Similarity:
     """Mean cosine between the input and the output of each block.
 
@@ -46,10 +47,12 @@ def similarity(
       select: `select(arrays)` gives the activation `[..., features]` among the arrays that
         a block reads, and among those that it writes. By default the only floating-point
         array with two axes or more.
+      token_weights: `token_weights(*args)` gives a weight for each token, 0 for padding, in
+        the shape of the activation without its features.
 
     Raises:
-      ValueError: if there is no batch or no block, or if it is not clear which array is
-        the activation.
+      ValueError: if there is no batch or no block, if it is not clear which array is the
+        activation, or if the weights do not fit it.
 
     Example:
       >>> from jaxprune import calibration
@@ -77,6 +80,7 @@ def similarity(
         if shapes not in cuts:
             cuts[shapes] = tracing.blocks(fn, params, *args, block_of=block_of)
         cut, sums = cuts[shapes], []
+        weighed = None if token_weights is None else token_weights(*args)
         values = dict(zip(cut.inputs, leaves, strict=True))
         for block in cut.blocks:
             key = block.fn, bool(block.name)
@@ -84,9 +88,11 @@ def similarity(
                 run = _measured(block.fn, select) if block.name else block.fn
                 steps[key] = jax.jit(run)
             own = tracing.take(block, weights)
-            found = steps[key](own, *tracing.reads(block, values))
-            if block.name:
-                found, cosine, count = found
+            reads = tracing.reads(block, values)
+            if not block.name:
+                found = steps[key](own, *reads)
+            else:
+                found, cosine, count = steps[key](weighed, own, *reads)
                 sums.append(cosine)
             values |= zip(block.writes, found, strict=True)
         names = tuple(b.name for b in cut.blocks if b.name)
@@ -107,7 +113,7 @@ def similarity(
 
 
 def _measured(fn: Callable[..., tuple[Array, ...]], select: Select):
-    def step(leaves, *reads):
+    def step(weights, leaves, *reads):
         new = fn(leaves, *reads)
         a, b = (select(xs).astype(jnp.float32) for xs in (reads, new))
         if a.shape != b.shape:
@@ -115,9 +121,17 @@ def _measured(fn: Callable[..., tuple[Array, ...]], select: Select):
                 f"select: it gives shapes {a.shape} and {b.shape} before and after a block; "
                 "expected the same activation in both."
             )
+        if weights is None:
+            weights = jnp.ones(a.shape[:-1])
+        if weights.shape != a.shape[:-1]:
+            raise ValueError(
+                f"token_weights: got the shape {weights.shape}; expected {a.shape[:-1]}, "
+                f"one for each token of an activation of {a.shape}."
+            )
         norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+        # A token of zeros counts as 0.
         cosine = jnp.sum(a * b, -1) / jnp.where(norms > 0, norms, 1)
-        return new, jnp.sum(cosine), jnp.float32(cosine.size)
+        return new, jnp.sum(cosine * weights), jnp.sum(weights, dtype=jnp.float32)
 
     return step
 

@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxprune.calibration import Inputs
-from jaxprune.posttrain import _given
+from jaxprune.posttrain import _given, _solver
 from jaxprune.posttrain._given import Refined
 from jaxprune.structures import NM, Structure, Unstructured
 
@@ -95,7 +95,7 @@ def dsnot(
         floor = jnp.where(floor > 0, floor, 1.0)
         weight = jnp.maximum(variance, floor) ** -variance_power
     one = functools.partial(_refine, swap=swap, cycles=cycles, threshold=threshold)
-    return _given.over_stack(one, w.ndim)(w, mask, mean, norm, weight)
+    return _solver.over_stack(one, w.ndim - 2)(w, mask, mean, norm, weight)
 
 
 def _refine(w, mask, mean, norm, weight, *, swap, cycles, threshold) -> Refined:

@@ -2,17 +2,15 @@
 
 import json
 import os
-import pathlib
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool
 
-from jaxprune import _tree, checkpoint, masks
+from jaxprune import checkpoint, masks
 from jaxprune._tree import PyTree
+from jaxprune.checkpoint._folder import open_folder
 from jaxprune.posttrain._report import Row
 
 
@@ -26,23 +24,9 @@ class Folder:
         batches: Sequence[PyTree],
         settings: Mapping[str, Any],
     ):
-        self.path = pathlib.Path(directory)
-        self.path.mkdir(parents=True, exist_ok=True)
-        now = {name: _spelled(x) for name, x in settings.items()}
-        now |= {"params": _sum(params), "batches": _sum(list(batches))}
-        file = self.path / "settings.json"
-        then = json.loads(file.read_text()) if file.exists() else now
-        for name in {**then, **now}:
-            if then.get(name) != now.get(name):
-                shown = then.get(name)
-                shown = "other values" if name in ("params", "batches") else shown
-                raise ValueError(
-                    f"{name}: {directory} was begun with {shown}. Go on with the same "
-                    "arguments, or choose another directory."
-                )
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(now))
-        part.replace(file)
+        self.path = open_folder(
+            directory, settings, {"params": params, "batches": list(batches)}
+        )
 
     def save(self, i: int, solved: Sequence["Solved"]) -> None:
         """Keeps what was found in block `i`; complete, or not there."""
@@ -73,23 +57,6 @@ class Solved(NamedTuple):
     rows: list[Row]
 
 
-def _spelled(x: Any) -> str:
-    """The same in every process: functions by their names, not their addresses."""
-    return getattr(x, "__qualname__", None) or repr(x)
-
-
 def _row(values: Sequence[Any]) -> Row:
     row = Row(*values)
     return row._replace(shape=tuple(row.shape))
-
-
-def _sum(tree: PyTree) -> list[int]:
-    """A checksum of all leaves."""
-    found = []
-    for x in _tree.flatten(tree)[1]:
-        if not _tree.is_hole(x):
-            x = np.asarray(x)
-            found.append(
-                zlib.crc32(x.tobytes(), zlib.crc32(f"{x.dtype}{x.shape}".encode()))
-            )
-    return found

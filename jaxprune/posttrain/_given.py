@@ -1,9 +1,7 @@
 """What refiners have in common: the checks of what they are given, and their result."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -74,13 +72,6 @@ def statistic(caller: str, inputs: Inputs, name: str, w: Array) -> Array:
             f"weights of {tuple(w.shape)}, whose axis -2 is contracted."
         )
     return jnp.asarray(x, jnp.float32)
-
-
-def over_stack(f: Callable[..., Any], ndim: int) -> Callable[..., Any]:
-    """Maps a function of matrices over the leading axes of arrays of `ndim` axes."""
-    for _ in range(ndim - 2):
-        f = jax.vmap(f)
-    return f
 
 
 def wide(x: Array) -> Array:

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
 from jaxprune.calibration import Inputs
-from jaxprune.posttrain import _given
+from jaxprune.posttrain import _given, _solver
 from jaxprune.posttrain._given import Refined
 from jaxprune.posttrain._programs import anneal, dot, icbs_program
 
@@ -97,7 +97,7 @@ def icbs(
     )  # fmt: skip
     stack = w.shape[:-2]
     keys = jax.random.split(key, stack)
-    return _given.over_stack(one, w.ndim)(w, mask, gram, keys)
+    return _solver.over_stack(one, w.ndim - 2)(w, mask, gram, keys)
 
 
 def icbs_step(

@@ -11,8 +11,9 @@ from jax import lax
 from jaxtyping import Array, Float
 from scipy.optimize import linear_sum_assignment
 
+from jaxprune import scores as scores_of
 from jaxprune.calibration import Inputs
-from jaxprune.posttrain import _ria, _selection, _solver
+from jaxprune.posttrain import _selection, _solver
 from jaxprune.structures import NM
 
 
@@ -69,7 +70,7 @@ def channel_permutation(
             "of a stack."
         )
     n, m = structure.n, structure.m
-    scores = _ria.scores(w.astype(jnp.float32), jnp.asarray(inputs.square), power)
+    scores = scores_of.ria(w, inputs.square, power=power)
     rows = np.argsort(np.asarray(jnp.sum(scores, axis=1)), kind="stable")
     parts = rows.reshape(m, -1)
     groups = np.stack([p[::-1] if i % 2 else p for i, p in enumerate(parts)], axis=1)

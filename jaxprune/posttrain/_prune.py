@@ -125,7 +125,8 @@ def prune(
         "method": method.name, "sparsity": sparsity, "structure": structure,
         "allocation": allocation, "pruned": sorted(wanted), "refine": refine,
         "statistics": names, "propagate_error": propagate_error,
-        "batch_axes": batch_axes,
+        "batch_axes": batch_axes, "block_of": block_of, "rules": rules,
+        "token_weights": token_weights,
     }  # fmt: skip
     folder = None if directory is None else Folder(directory, params, listed, settings)
     run = Run(params, found, last, listed, token_weights, names)

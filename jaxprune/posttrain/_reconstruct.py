@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
 from jaxprune.calibration import Inputs
-from jaxprune.posttrain import _given
+from jaxprune.posttrain import _given, _solver
 from jaxprune.posttrain._perp import lora_init
 
 
@@ -64,7 +64,7 @@ def pcg(
     """
     gram = _check("pcg", w_dense, w, mask, inputs, steps)
     one = functools.partial(_conjugate_gradients, steps=steps)
-    return _given.over_stack(one, w.ndim)(w_dense, w, mask, gram)
+    return _solver.over_stack(one, w.ndim - 2)(w_dense, w, mask, gram)
 
 
 def reconstruct(
@@ -130,7 +130,7 @@ def reconstruct(
     tx = optax.adam(schedule) if optimizer is None else optimizer
     few = lora_init(kind, "w", w, rank, 2.0 * rank, key)
     one = functools.partial(_train, steps=steps, tx=tx)
-    return _given.over_stack(one, w.ndim)(w_dense, w, mask, gram, few)
+    return _solver.over_stack(one, w.ndim - 2)(w_dense, w, mask, gram, few)
 
 
 def _check(caller, w_dense, w, mask, inputs, steps) -> Array:

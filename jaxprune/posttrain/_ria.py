@@ -5,8 +5,8 @@ Models, ICLR 2024.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
+from jaxprune import scores
 from jaxprune.posttrain import _selection, _solver
 from jaxprune.posttrain._solver import Group, Solver
 from jaxprune.structures import Structure
@@ -44,17 +44,7 @@ def ria(*, group: Group = "layer", power: float = 0.5) -> Solver:
 
 
 def _ria(w, inputs, kept, *, structure: Structure, group, power):
-    mask = _selection.best(scores(w, inputs.square, power), kept, structure, group)
+    mask = _selection.best(
+        scores.ria(w, inputs.square, power=power), kept, structure, group
+    )
     return jnp.where(mask, w, 0), mask, None, None
-
-
-def scores(
-    w: Float[Array, "K N"], square: Float[Array, " K"], power: float
-) -> Float[Array, "K N"]:
-    """Relative importance times the norm of the input to a power."""
-    size = jnp.abs(w)
-    tiny = jnp.finfo(w.dtype).tiny
-    of_input = jnp.maximum(jnp.sum(size, axis=1, keepdims=True), tiny)
-    of_output = jnp.maximum(jnp.sum(size, axis=0, keepdims=True), tiny)
-    relative = size / of_input + size / of_output
-    return relative * square[:, None] ** (power / 2)

@@ -46,9 +46,8 @@ class Run:
         if token_weights is not None:
             self.tokens = [token_weights(*args) for args in batches]
         # Behind which block a value is read for the last time.
-        self.until: dict[int, int] = {}
-        for i, block in enumerate(found.blocks[: last + 1]):
-            self.until |= {s.number: i for s in block.reads}
+        used = enumerate(found.blocks[: last + 1])
+        self.until = {s.number: i for i, block in used for s in block.reads}
         self.step = 0
         self.programs: dict[Any, Callable] = {}
         self.steps: dict[Any, dict] = {}
@@ -106,9 +105,8 @@ class Run:
             reads = tracing.reads(block, values)
             found = program(own, *reads)
             values |= zip(block.writes, found, strict=True)
-            for slot in [
-                s for s in values if self.until.get(s.number, -1) <= self.step
-            ]:
+            over = [s for s in values if self.until.get(s.number, -1) <= self.step]
+            for slot in over:
                 del values[slot]
         self.step += 1
 
@@ -122,8 +120,9 @@ class Run:
             self.own.add(path)
             self.weights[path] = jnp.copy(self.weights[path])
             self.found[path] = jnp.ones(self.weights[path].shape, bool)
-        self.weights[path] = _put(self.weights[path], w, layer)
-        self.found[path] = _put(self.found[path], mask, layer)
+        at = np.int32(layer)
+        self.weights[path] = _put(self.weights[path], w, at)
+        self.found[path] = _put(self.found[path], mask, at)
 
     def trees(self, params: PyTree) -> tuple[PyTree, PyTree]:
         """The weights and the masks, as trees."""
@@ -151,8 +150,4 @@ def _axes_of(
     return found
 
 
-def _put(whole: Array, x: Array, layer: int) -> Array:
-    return _put_donated(whole, x, np.int32(layer))
-
-
-_put_donated = jax.jit(lambda whole, x, layer: whole.at[layer].set(x), donate_argnums=0)
+_put = jax.jit(lambda whole, x, layer: whole.at[layer].set(x), donate_argnums=0)

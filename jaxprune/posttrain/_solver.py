@@ -126,7 +126,7 @@ def _solve(w, inputs, kept, matrix, structure, statistics, options) -> Solution:
     return over_stack(one, w.ndim - 2)(w, inputs)
 
 
-def over_stack(f: Callable, axes: int) -> Callable:
+def over_stack(f: Callable[..., Any], axes: int) -> Callable:
     """Maps a function of matrices over that many leading axes."""
     for _ in range(axes):
         f = jax.vmap(f)

@@ -7,6 +7,7 @@ arXiv 2306.11695.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxprune import scores
 from jaxprune.posttrain import _selection, _solver
 from jaxprune.posttrain._solver import Group, Solver
 from jaxprune.structures import Structure, Unstructured
@@ -47,15 +48,15 @@ def wanda(*, group: Group = "output", alpha: bool = False) -> Solver:
 
 
 def _wanda(w, inputs, kept, *, structure: Structure, group, alpha):
-    scores = jnp.abs(w) * jnp.sqrt(inputs.square)[:, None]
+    found = scores.wanda(w, inputs.square)
     if alpha:
         if not isinstance(structure, Unstructured):
             raise ValueError(
                 f"wanda: alpha=True with {structure}; expected Unstructured(), since it "
                 "bounds what an output loses. Leave alpha out."
             )
-        scores = _share_of_sum(scores)
-    mask = _selection.best(scores, kept, structure, group)
+        found = _share_of_sum(found)
+    mask = _selection.best(found, kept, structure, group)
     return jnp.where(mask, w, 0), mask, None, None
 
 

@@ -1,9 +1,7 @@
 """Train, prune, rewind, and again: the loop that all methods in rounds share."""
 
-import json
 import os
 import pathlib
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +14,7 @@ from jaxprune import _prune, _tree, checkpoint
 from jaxprune import masks as mask_trees
 from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation
+from jaxprune.checkpoint import _folder
 from jaxprune.structures import Structure
 
 
@@ -146,38 +145,12 @@ def open_folder(
     """
     if directory is None:
         return None
-    folder = pathlib.Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [
-        f"{p} {np.shape(x)}" for p, x in zip(*_tree.flatten(params)[:2], strict=True)
-    ]
-    sums = [zlib.crc32(np.asarray(x).tobytes()) for x in jax.tree.leaves(params)]
     pruned = [
         p for p, x in zip(*_tree.flatten(chosen)[:2], strict=True)
         if not _tree.is_hole(x)
     ]  # fmt: skip
-    now = {k: _spelled(v) for k, v in settings.items()} | {
-        "where": _spelled(pruned),
-        "params": _spelled((names, sums)),
-    }
-    path = folder / "settings.json"
-    if not path.exists():
-        path.write_text(json.dumps(now))
-        return folder
-    then = json.loads(path.read_text())
-    for name in {**then, **now}:
-        if then.get(name) != now.get(name):
-            shown = "other values" if name == "params" else then.get(name)
-            raise ValueError(
-                f"{name}: {folder} was begun with {shown}. Go on with the same arguments, or "
-                "choose another directory."
-            )
-    return folder
-
-
-def _spelled(x: Any) -> str:
-    """The same in every process: functions by their names, not their addresses."""
-    return getattr(x, "__qualname__", None) or repr(x)
+    settings = {**settings, "where": pruned}
+    return _folder.open_folder(directory, settings, {"params": params})
 
 
 def kept(folder: pathlib.Path | None, name: str, like: PyTree, make) -> PyTree:

@@ -5,16 +5,16 @@ place of arrays, or with a look at values on the way. `blocks` runs it piece by 
 """
 
 from ._blocks import Block as Block
-from ._blocks import BlockOf as BlockOf
 from ._blocks import Blocks as Blocks
 from ._blocks import Leaf as Leaf
 from ._blocks import Slot as Slot
 from ._blocks import block_of as block_of
-from ._blocks import blocks as blocks
 from ._blocks import numbered as numbered
 from ._blocks import reads as reads
 from ._blocks import take as take
 from ._blocks import value_of as value_of
+from ._cut import BlockOf as BlockOf
+from ._cut import blocks as blocks
 from ._replay import Tap as Tap
 from ._replay import View as View
 from ._replay import replay as replay

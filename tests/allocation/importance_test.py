@@ -117,22 +117,6 @@ def test_outlier_ratio_is_over_all_matrices_of_a_block():
     assert allocation.outlier_ratio(jnp.ones((3, 3))) == 0
 
 
-def test_similarity_leaves_padding_out():
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(2, 6, 4, 8)).astype(np.float32)
-    cosines = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
-    measure = jax.jit(allocation.similarity)
-    np.testing.assert_allclose(measure(x, y), cosines.mean(), rtol=1e-5)
-    weights = np.ones((6, 4), np.float32)
-    weights[:, 2:] = 0
-    padded = y.copy()
-    padded[:, 2:] = 1e3
-    np.testing.assert_allclose(
-        measure(x, padded, weights=weights), cosines[:, :2].mean(), rtol=1e-5
-    )
-    assert measure(x, np.zeros_like(y)) == 0
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -164,14 +148,6 @@ def test_similarity_leaves_padding_out():
         (
             lambda: allocation.outlier_ratio(jnp.ones(2), multiple=0),
             "multiple: got 0; expected a finite number above 0",
-        ),
-        (
-            lambda: allocation.similarity(jnp.ones((2, 3)), jnp.ones((2, 4))),
-            "similarity: after has the shape (2, 4), but before has (2, 3)",
-        ),
-        (
-            lambda: allocation.similarity(*[jnp.ones((2, 3))] * 2, weights=jnp.ones(3)),
-            "similarity: weights has the shape (3,); expected (2,)",
         ),
     ],
 )

@@ -48,6 +48,22 @@ def test_cosines(fn):
     assert found.tokens == 26
 
 
+def test_padding_is_left_out():
+    x = BATCHES[1]
+    padded = jnp.concatenate([x, 1e3 * jnp.ones((2, 3, 8))], axis=1)
+    real = jnp.broadcast_to(jnp.arange(8) < 5, (2, 8))
+    found = calibration.similarity(
+        scanned, {"w": W}, [padded], token_weights=lambda x: real
+    )
+    wanted = calibration.similarity(scanned, {"w": W}, [x])
+    np.testing.assert_allclose(found.cosine, wanted.cosine, rtol=1e-5)
+    assert found.tokens == 10
+    with pytest.raises(ValueError, match=r"token_weights: got the shape \(8,\); exp"):
+        calibration.similarity(
+            scanned, {"w": W}, [padded], token_weights=lambda x: real[0]
+        )
+
+
 def test_the_activation_may_be_chosen():
     def fn(p, x):
         def step(carry, w):

@@ -1,6 +1,10 @@
 """Pruning a model block by block."""
 
 import functools
+import os
+import signal
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -147,17 +151,16 @@ def test_killed_and_resumed(tmp_path):
     fn, params = both()[0]
     run = functools.partial(posttrain.prune, fn, params, batches(), sparsity=0.5)
     whole = run()
+    stopped = subprocess.run([sys.executable, __file__, str(tmp_path / "run")])
+    assert stopped.returncode == -signal.SIGKILL
+    there = {p.name for p in (tmp_path / "run").iterdir() if p.is_dir()}
+    assert "block_0" in there and "block_1" not in there
     seen = []
 
-    def stop(name, i, n):
-        seen.append((name, i, n))
-        if i == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(directory=tmp_path / "run", progress=stop)
-    assert seen == [("", 0, 4), ("layers/0", 1, 4), ("layers/1", 2, 4)]
-    resumed = run(directory=tmp_path / "run")
+    resumed = run(
+        directory=tmp_path / "run", progress=lambda *block: seen.append(block)
+    )
+    assert seen == [(f"layers/{i}", i, 3) for i in range(3)]
     jax.tree.map(np.testing.assert_array_equal, resumed[:2], whole[:2])
     drop = [[r._replace(seconds=0) for r in x[2].rows] for x in (resumed, whole)]
     np.testing.assert_equal(*drop)
@@ -278,3 +281,25 @@ def test_bad_batches():
         posttrain.prune(fn, params, odd, sparsity=0.5)
     with pytest.raises(ValueError, match="not finite"):
         posttrain.prune(fn, params, [batches()[0].at[0, 0].set(jnp.nan)], sparsity=0.5)
+
+
+def _be_killed(directory):
+    """Prunes until block 1 is all written but for its name, and dies there."""
+    from orbax.checkpoint import v1 as ocp
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    save = ocp.save
+
+    def last_words(path, tree, **options):
+        if path.endswith("block_1"):
+            save(path + ".part", tree, **options)
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(path, tree, **options)
+
+    ocp.save = last_words
+    fn, params = both()[0]
+    posttrain.prune(fn, params, batches(), sparsity=0.5, directory=directory)
+
+
+if __name__ == "__main__":
+    _be_killed(sys.argv[1])

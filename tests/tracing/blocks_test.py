@@ -156,6 +156,24 @@ def test_looped_weights_stand_in_every_iteration_of_a_block():
     assert len(shared) == 3
 
 
+def test_a_scan_alone_is_its_layers():
+    def fn(params, x):
+        return lax.scan(lambda c, w: (jnp.tanh(c @ w), c.sum()), x, params["w"])
+
+    blocks = check(fn, {"w": make(3, 4, 4)}, make(2, 4))
+    assert [b.name for b in blocks] == ["w/0", "w/1", "w/2"]
+
+
+@pytest.mark.parametrize("of", ["argument", "leaf", "both"])
+def test_functions_without_a_product(of):
+    outputs = {
+        "argument": lambda p, x: x,
+        "leaf": lambda p, x: p["w"],
+        "both": lambda p, x: (p["w"], x + 1),
+    }
+    check(outputs[of], {"w": make(2, 2)}, make(1, 2))
+
+
 def test_one_block():
     params = {"a": make(4, 4), "b": make(4, 4, seed=1)}
     blocks = check(

@@ -1,0 +1,89 @@
+"""The folder of a long piece of work, which goes on with the arguments it began with."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import types
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxprune import _tree
+from jaxprune._tree import PyTree
+
+
+def open_folder(
+    directory: str | os.PathLike[str],
+    settings: Mapping[str, Any],
+    arrays: Mapping[str, PyTree],
+) -> pathlib.Path:
+    """The folder, made if it is not there; its settings are those that it began with.
+
+    Args:
+      directory: where it is.
+      settings: what decides the outcome, by the names of the caller's arguments.
+      arrays: trees of arrays that do too; kept as checksums.
+
+    Raises:
+      ValueError: naming what differs from what was begun.
+    """
+    folder = pathlib.Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    now = {name: spelled(x) for name, x in settings.items()}
+    now |= {name: _sums(x) for name, x in arrays.items()}
+    path = folder / "settings.json"
+    then = json.loads(path.read_text()) if path.exists() else now
+    for name in {**then, **now}:
+        if then.get(name) != now.get(name):
+            shown = "other values" if name in arrays else then.get(name)
+            raise ValueError(
+                f"{name}: {folder} was begun with {shown}. Go on with the same arguments, or "
+                "choose another directory."
+            )
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(now))
+    part.replace(path)
+    return folder
+
+
+def spelled(x: Any) -> str:
+    """The same in every process, and another for other settings.
+
+    Functions are spelled by their names and what they do: their code, and what they close
+    over. Functions that these call are not looked into.
+    """
+    if isinstance(x, functools.partial):
+        return f"{spelled(x.func)}{spelled((x.args, x.keywords))}"
+    if isinstance(x, types.FunctionType):
+        code = x.__code__
+        consts = [c for c in code.co_consts if not isinstance(c, types.CodeType)]
+        does = f"{code.co_code.hex()}{code.co_names}{consts}"
+        held = [c.cell_contents for c in x.__closure__ or ()]
+        held += [x.__defaults__, x.__kwdefaults__]
+        return f"{x.__qualname__}#{zlib.crc32((does + spelled(held)).encode()):08x}"
+    if isinstance(x, dict):
+        return f"{{{', '.join(f'{k!r}: {spelled(v)}' for k, v in x.items())}}}"
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        own = [(f.name, getattr(x, f.name)) for f in dataclasses.fields(x)]
+        return type(x).__qualname__ + spelled(dict(own))
+    if isinstance(x, list | tuple):
+        return f"({', '.join(map(spelled, x))})"
+    if hasattr(x, "__wrapped__"):  # as jax.jit leaves it
+        return f"{type(x).__qualname__}({spelled(x.__wrapped__)})"
+    text = repr(x)
+    return type(x).__qualname__ if " at 0x" in text else text
+
+
+def _sums(tree: PyTree) -> dict[str, int]:
+    """A checksum of each leaf."""
+    found = {}
+    for path, x in zip(*_tree.flatten(tree)[:2], strict=True):
+        if not _tree.is_hole(x):
+            x = np.asarray(x)
+            start = zlib.crc32(f"{x.dtype}{x.shape}".encode())
+            found[path] = zlib.crc32(np.ascontiguousarray(x).tobytes(), start)
+    return found
