@@ -72,8 +72,8 @@ def spelled(x: Any) -> str:
         return type(x).__qualname__ + spelled(dict(own))
     if isinstance(x, list | tuple):
         return f"({', '.join(map(spelled, x))})"
-    if hasattr(x, "__wrapped__"):  # as jax.jit leaves it
-        return f"{type(x).__qualname__}({spelled(x.__wrapped__)})"
+    if wrapped := getattr(x, "__wrapped__", None):  # as jax.jit leaves it
+        return f"{type(x).__qualname__}({spelled(wrapped)})"
     text = repr(x)
     return type(x).__qualname__ if " at 0x" in text else text
 

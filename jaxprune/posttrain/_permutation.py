@@ -70,7 +70,7 @@ def channel_permutation(
             "of a stack."
         )
     n, m = structure.n, structure.m
-    scores = scores_of.ria(w, inputs.square, power=power)
+    scores = scores_of.ria(w, jnp.asarray(inputs.square), power=power)
     rows = np.argsort(np.asarray(jnp.sum(scores, axis=1)), kind="stable")
     parts = rows.reshape(m, -1)
     groups = np.stack([p[::-1] if i % 2 else p for i, p in enumerate(parts)], axis=1)
