@@ -45,6 +45,7 @@ def prune(
     token_weights: Callable[..., Array] | None = None,
     batch_axes: Mapping[str, int | tuple[int, ...]] | None = None,
     rules: Mapping[str, Any] | None = None,
+    offload: bool = False,
     directory: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[PyTree, PyTree, Report]:
@@ -76,6 +77,9 @@ def prune(
       token_weights: `token_weights(*args)` gives a weight for each token, 0 for padding.
       batch_axes: see `jaxprune.calibration.calibrate`.
       rules: see `jaxprune.tracing.sites`.
+      offload: whether weights, masks and activations rest in the memory of the host, as
+        NumPy arrays, and only what a block needs comes to the device. Parameters may be
+        given there; pruned ones and masks are there when they come back. For one process.
       directory: where each block is saved when it is done. A run that was killed goes on
         there if it is started again with the same arguments.
       progress: `progress(name, i, n)`, called in front of block `i` of `n`.
@@ -129,7 +133,7 @@ def prune(
         "token_weights": token_weights,
     }  # fmt: skip
     folder = None if directory is None else Folder(directory, params, listed, settings)
-    run = Run(params, found, last, listed, token_weights, names)
+    run = Run(params, found, last, listed, token_weights, names, offload)
     rows: list[Row] = []
     for i, block in enumerate(found.blocks[: last + 1]):
         if progress is not None:

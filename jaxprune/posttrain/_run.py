@@ -30,18 +30,30 @@ class Run:
         batches: Sequence[tuple],
         token_weights: Callable[..., Array] | None,
         statistics: tuple[str, ...],
+        offload: bool,
     ):
         paths, leaves, _ = _tree.flatten(params)
-        self.weights = dict(zip(paths, leaves, strict=True))
-        self.found: dict[str, Bool[Array, ...]] = {}
+        self.shardings = {
+            path: getattr(x, "sharding", None)
+            for path, x in zip(paths, leaves, strict=True)
+        }
+        self.offload = offload
+        if offload:
+            _check_addressable(dict(zip(paths, leaves, strict=True)))
+        self.weights: dict[str, Any] = {
+            path: x if _tree.is_hole(x) else self.rest(x)
+            for path, x in zip(paths, leaves, strict=True)
+        }
+        self.found: dict[str, Any] = {}  # masks
         self.own: set[str] = set()  # leaves that are no longer the caller's
         self.statistics = statistics
         # Without statistics only shapes are needed, and nothing is run.
         batches = batches if statistics else jax.eval_shape(lambda: list(batches[:1]))
-        self.values: list[Values] = [
-            dict(zip(found.inputs, jax.tree.leaves(args), strict=True))
-            for args in batches
-        ]
+        self.values: list[Values] = []
+        self.placed: dict[Slot, Any] = {}  # shardings of activations
+        for args in batches:
+            self.values.append({})
+            self.keep(self.values[-1], found.inputs, jax.tree.leaves(args))
         self.tokens = None
         if token_weights is not None:
             self.tokens = [token_weights(*args) for args in batches]
@@ -53,8 +65,35 @@ class Run:
         self.steps: dict[Any, dict] = {}
 
     def leaves(self, block: Block) -> tuple[Array, ...]:
-        """What a block reads of the parameters."""
-        return tracing.take(block, self.weights)
+        """What a block reads of the parameters, on their devices."""
+        found = tracing.take(block, self.weights)
+        if not self.offload:
+            return found
+        each = zip(found, block.leaves, strict=True)
+        return tuple(
+            _placed(x, _of_layer(self.shardings[path], layer))
+            for x, (path, layer) in each
+        )
+
+    def reads(self, block: Block, values: Values) -> tuple[Any, ...]:
+        """What a block reads of the activations, on their devices."""
+        found = tracing.reads(block, values)
+        if not self.offload or not self.statistics:
+            return found
+        each = zip(found, block.reads, strict=True)
+        return tuple(_placed(x, self.placed.get(slot)) for x, slot in each)
+
+    def rest(self, x: Array) -> Any:
+        """An array where it is kept until it is needed."""
+        return np.array(x) if self.offload else x
+
+    def keep(self, values: Values, slots: Sequence[Slot], found: Iterable[Any]) -> None:
+        """Keeps what a block gave."""
+        for slot, x in zip(slots, found, strict=True):
+            if self.offload and self.statistics:
+                self.placed[slot] = getattr(x, "sharding", None)
+                x = self.rest(x)
+            values[slot] = x
 
     def calibrate(
         self,
@@ -74,7 +113,7 @@ class Run:
         axes = _axes_of(block, picked, batch_axes or {})
         options = {"where": where, "batch_axes": axes, "rules": rules}
         if not self.statistics:
-            reads = tracing.reads(block, self.values[0])
+            reads = self.reads(block, self.values[0])
             trace = tracing.sites(block.fn, own, *reads, **options)
             return of_trace(trace, ())
 
@@ -83,7 +122,7 @@ class Run:
             return block.fn(own, *reads)
 
         batches = (
-            (None if tokens is None else tokens[i], *tracing.reads(block, values))
+            (None if tokens is None else tokens[i], *self.reads(block, values))
             for i, values in enumerate(self.values)
         )
         # Blocks that do the same share what is compiled.
@@ -102,9 +141,8 @@ class Run:
         if self.statistics:
             program = self.programs.setdefault(block.fn, jax.jit(block.fn))
         for values in self.values:
-            reads = tracing.reads(block, values)
-            found = program(own, *reads)
-            values |= zip(block.writes, found, strict=True)
+            found = program(own, *self.reads(block, values))
+            self.keep(values, block.writes, found)
             over = [s for s in values if self.until.get(s.number, -1) <= self.step]
             for slot in over:
                 del values[slot]
@@ -114,12 +152,16 @@ class Run:
         """Puts pruned weights in the place of dense ones."""
         path, layer = leaf
         if layer is None:
-            self.weights[path], self.found[path] = w, mask
+            self.weights[path], self.found[path] = self.rest(w), self.rest(mask)
             return
+        xnp = np if self.offload else jnp
         if path not in self.own:  # what is written into is ours
             self.own.add(path)
-            self.weights[path] = jnp.copy(self.weights[path])
-            self.found[path] = jnp.ones(self.weights[path].shape, bool)
+            self.weights[path] = xnp.copy(self.weights[path])
+            self.found[path] = xnp.ones(self.weights[path].shape, bool)
+        if self.offload:
+            self.weights[path][layer], self.found[path][layer] = w, mask
+            return
         at = np.int32(layer)
         self.weights[path] = _put(self.weights[path], w, at)
         self.found[path] = _put(self.found[path], mask, at)
@@ -148,6 +190,28 @@ def _axes_of(
             gone = layer is not None
             found[str(j)] = tuple(a - 1 if gone and a > 0 else a for a in axes)
     return found
+
+
+def _check_addressable(leaves: Mapping[str, Any]) -> None:
+    for path, x in leaves.items():
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            raise ValueError(
+                f"offload: {path} lies on devices of several processes, and cannot rest in "
+                "the memory of one; expected arrays of this process. Leave offload out: "
+                "each process then holds its shards."
+            )
+
+
+def _placed(x: Any, sharding: Any) -> Array:
+    """On the devices where it was before it was put to rest."""
+    return jnp.asarray(x) if sharding is None else jax.device_put(x, sharding)
+
+
+def _of_layer(sharding: Any, layer: int | None) -> Any:
+    """How a layer of a stacked leaf lies, which lies so."""
+    if layer is None or not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding
+    return sharding.update(spec=jax.sharding.PartitionSpec(*sharding.spec[1:]))
 
 
 _put = jax.jit(lambda whole, x, layer: whole.at[layer].set(x), donate_argnums=0)

@@ -190,11 +190,36 @@ def test_eight_devices_and_one(explicit):
             jax.device_put(params, whole),
             [jax.device_put(x, rows) for x in batches()],
             sparsity=0.5,
+            offload=explicit,
         )
     for a, b in zip(*map(jax.tree.leaves, (masks, others)), strict=True):
         assert np.mean(np.asarray(a) != np.asarray(b)) <= 0.001
     for a, b in zip(*map(jax.tree.leaves, (one, eight)), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("form", ["scanned", "unrolled"])
+def test_what_rests_on_the_host(form):
+    fn, params = both()[form == "unrolled"]
+    new, masks, report = posttrain.prune(fn, params, batches(), sparsity=0.5)
+    there = jax.tree.map(np.array, params)
+    before = jax.tree.map(np.copy, there)
+    known, seen = jax.live_arrays(), []
+
+    def look(*block):
+        del block
+        new = [x for x in jax.live_arrays() if not any(x is y for y in known)]
+        seen.append({x.shape for x in new})
+
+    found = posttrain.prune(
+        fn, there, list(map(np.array, batches())), sparsity=0.5, offload=True,
+        progress=look,
+    )  # fmt: skip
+    assert not any((64, 12) in shapes or (3, 12, 24) in shapes for shapes in seen)
+    assert all(type(x) is np.ndarray for x in jax.tree.leaves(found[:2]))
+    jax.tree.map(np.testing.assert_array_equal, found[:2], (new, masks))
+    jax.tree.map(np.testing.assert_array_equal, there, before)
+    assert [r.sparsity for r in found[2].rows] == [r.sparsity for r in report.rows]
 
 
 def test_refine_and_its_statistics():
