@@ -10,9 +10,9 @@ values that they stand for: no number here is one of the model as it was publish
 Every setting is a line of the results file, and one that is there is not run again: stop it
 whenever you like.
 
-    python benchmarks/prune_smollm2.py                          # runs what is missing
-    python benchmarks/prune_smollm2.py --only dense magnitude   # ... of some methods
-    python benchmarks/prune_smollm2.py --table                  # prints the tables
+    python benchmarks/smollm2_perplexity.py                          # runs what is missing
+    python benchmarks/smollm2_perplexity.py --only dense magnitude   # ... of some methods
+    python benchmarks/smollm2_perplexity.py --table                  # prints the tables
 
 Expected before measuring: 50 % ahead of 4:8, and that ahead of 2:4, for each method;
 SparseGPT ahead of Wanda at 70 % and 2:4; magnitude far behind all others; PERP recovers
@@ -44,7 +44,7 @@ sys.path.insert(0, str(HERE.parent / "examples"))
 import prune_smollm2 as demo  # noqa: E402
 from smollm2 import measure, text, weights  # noqa: E402
 
-RESULTS = HERE / "results" / "prune_smollm2.jsonl"
+RESULTS = HERE / "results" / "smollm2_perplexity.jsonl"
 BROWN = text.Windows("Brown", 16, demo.LENGTH, "08ffe78e3762d70d")
 PATTERNS = {
     "50 %": (0.5, jp.Unstructured()),
