@@ -27,7 +27,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import brown
@@ -94,7 +94,8 @@ def prune(net: demo.Net, windows: np.ndarray, setting: Setting) -> tuple[Any, An
     batches = [windows[i : i + demo.BATCH] for i in steps]
     options = {}
     if extra == "OWL":
-        options["allocation"] = owl(net, batches)
+        outliers = jp.posttrain.outlier_ratios(net.logits, net.params, batches)
+        options["allocation"] = functools.partial(jp.allocation.owl, outliers=outliers)
     if extra == "DSnoT":
         options["refine"] = functools.partial(swap, structure)
         options["statistics"] = ("square", "mean", "variance")
@@ -111,26 +112,6 @@ def swap(structure, w, found, inputs):
     """DSnoT behind a solver that leaves weights as they are."""
     mask = jp.posttrain.dsnot(w, found.mask, inputs, structure=structure).mask
     return found._replace(w=jnp.where(mask, w, 0), mask=mask)
-
-
-def owl(net: demo.Net, batches: list[np.ndarray]) -> Callable[..., Any]:
-    """Sparsities by the outliers of each layer of the dense model."""
-    stats = jp.calibration.calibrate(net.logits, net.params, batches, where="*/kernel")
-    leaves = {
-        "/".join(str(key.key) for key in path): w
-        for path, w in jax.tree_util.tree_leaves_with_path(net.params)
-    }
-    scores = {}
-    for path in stats:
-        ((site, inputs),) = stats[path]
-        w = site.to_matrix(leaves[path])
-        block = jp.tracing.block_of(path)
-        scores.setdefault(block, []).append(jp.scores.wanda(w, inputs.square))
-    ratios = {
-        f"{block}/*": float(jp.allocation.outlier_ratio(x))
-        for block, x in scores.items()
-    }
-    return functools.partial(jp.allocation.owl, outliers=ratios)
 
 
 def retrain(logits: measure.Logits, params: Any, masks: Any, windows: np.ndarray):

@@ -14,6 +14,7 @@ from ._icbs import icbs as icbs
 from ._icbs import icbs_step as icbs_step
 from ._magnitude import magnitude as magnitude
 from ._obs import obs as obs
+from ._outliers import outlier_ratios as outlier_ratios
 from ._permutation import channel_permutation as channel_permutation
 from ._perp import LoRA as LoRA
 from ._perp import perp_init as perp_init

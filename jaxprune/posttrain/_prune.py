@@ -4,9 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from jaxprune import _tree, masks, tracing
@@ -14,14 +12,15 @@ from jaxprune import allocation as allocations
 from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation
 from jaxprune.calibration import Inputs, Statistics
-from jaxprune.calibration._moments import merge_inputs
+from jaxprune.posttrain import _work
 from jaxprune.posttrain._folder import Folder, Solved
 from jaxprune.posttrain._report import Report, Row
-from jaxprune.posttrain._run import Run
+from jaxprune.posttrain._run import Run, uses
 from jaxprune.posttrain._solver import Solution, Solver, Sparsity, layer_error
 from jaxprune.posttrain._sparsegpt import sparsegpt
+from jaxprune.posttrain._work import Work
 from jaxprune.structures import NM, Structure, Unstructured
-from jaxprune.tracing import Block, Blocks, Leaf, Site
+from jaxprune.tracing import Block, Leaf
 
 _DEFAULT = sparsegpt()
 
@@ -65,7 +64,8 @@ def prune(
       sparsity: share of the weights to prune, in [0, 1); may be left out with `NM`.
       structure: what is kept or pruned as one, in matrices `[K, N]`.
       allocation: how sparsity is divided among leaves, not `"global"`; see
-        `jaxprune.prune`.
+        `jaxprune.prune`. Each layer of a leaf that a scan runs over has a sparsity of its
+        own, and is called as in an unrolled model: `"layers/3/up/kernel"`.
       where: which leaves are pruned; see `jaxprune.prune`.
       refine: `refine(w, solution, inputs) -> solution`, called after the solver with the
         dense matrices `[stack, batch, K, N]`.
@@ -105,41 +105,27 @@ def prune(
       >>> jp.masks.sparsity(masks)
       0.5
     """
-    listed = [b if isinstance(b, tuple) else (b,) for b in batches]
-    if not listed:
-        raise ValueError(
-            "batches: there is none; expected an iterable of at least one tuple of "
-            "arguments for fn. A generator that was used up gives nothing a second time."
-        )
-    spelled = [str(jax.tree.map(jax.typeof, args)) for args in listed]
-    if odd := [i for i, x in enumerate(spelled) if x != spelled[0]]:
-        raise ValueError(
-            f"batches: batch {odd[0]} is {spelled[odd[0]]}, and the first one {spelled[0]}; "
-            "expected one set of shapes. Pad, and leave padding out with token_weights=, or "
-            "leave the odd batch out."
-        )
-    chosen = _tree.select(params, where)
-    shapes = {p: x for p, x in _leaves(chosen).items() if not _tree.is_hole(x)}
-    wanted = _sparsities(shapes, sparsity, structure, allocation)
-    _tree.check_patterns(list(shapes), batch_axes or {}, name="batch_axes")
-    found = tracing.blocks(fn, params, *listed[0], block_of=block_of)
-    last = _check_blocks(found, wanted)
+    work = _work.begin(fn, params, batches, where, block_of)
+    wanted = _sparsities(work, sparsity, structure, allocation)
+    paths = list(dict.fromkeys(leaf.path for leaf in wanted))
+    _tree.check_patterns(paths, batch_axes or {}, name="batch_axes")
     names = tuple(dict.fromkeys((*method.statistics, *statistics)))
     settings = {
         "method": method.name, "sparsity": sparsity, "structure": structure,
-        "allocation": allocation, "pruned": sorted(wanted), "refine": refine,
+        "allocation": allocation, "pruned": sorted(work.shapes), "refine": refine,
         "statistics": names, "propagate_error": propagate_error,
         "batch_axes": batch_axes, "block_of": block_of, "rules": rules,
         "token_weights": token_weights,
     }  # fmt: skip
-    folder = None if directory is None else Folder(directory, params, listed, settings)
-    run = Run(params, found, last, listed, token_weights, names, offload)
+    folder = None
+    if directory is not None:
+        folder = Folder(directory, params, work.batches, settings)
+    run = Run(params, work, token_weights, names, offload)
     rows: list[Row] = []
-    for i, block in enumerate(found.blocks[: last + 1]):
+    for i, block in enumerate(work.blocks.blocks[: work.last + 1]):
         if progress is not None:
-            progress(block.name, i, last + 1)
-        own = run.leaves(block)
-        picked = [j for j, leaf in enumerate(block.leaves) if leaf.path in wanted]
+            progress(block.name, i, work.last + 1)
+        own, picked = run.leaves(block), work.picked(block)
         pruned = None if folder is None else folder.restore(i, [own[j] for j in picked])
         if picked and pruned is None:
             stats = run.calibrate(block, own, picked, batch_axes, rules)
@@ -152,13 +138,15 @@ def prune(
         for j, solved in zip(picked, pruned or (), strict=True):
             run.replace(block.leaves[j], solved.w, solved.mask)
             rows += solved.rows
-        if i < last:
+        if i < work.last:
             run.propagate(block, run.leaves(block) if propagate_error else own)
     return (*run.trees(params), Report(tuple(rows)))
 
 
-def _sparsities(shapes, sparsity, structure, allocation) -> dict[str, Sparsity]:
-    """What each leaf is to be pruned to; `None` with `NM`, which says it."""
+def _sparsities(
+    work: Work, sparsity: Sparsity, structure: Structure, allocation: Allocation
+) -> dict[Leaf, Sparsity]:
+    """What each leaf or layer is to be pruned to; `None` with `NM`, which says it."""
     if allocation == "global":
         raise ValueError(
             "allocation: got 'global'; expected 'uniform', 'er', 'erk', a mapping or a "
@@ -166,36 +154,9 @@ def _sparsities(shapes, sparsity, structure, allocation) -> dict[str, Sparsity]:
             "other. jaxprune.allocation.owl divides a sparsity by activations."
         )
     if isinstance(structure, NM) and sparsity is None:
-        return dict.fromkeys(shapes)
-    found = allocations.allocate(
-        allocation, {p: tuple(x.shape) for p, x in shapes.items()}, sparsity
-    )
-    return {p: found[p] for p in shapes}
-
-
-def _check_blocks(found: Blocks, wanted: Mapping[str, Any]) -> int:
-    """The last block with a leaf to prune; each may stand in one block only."""
-    blocks: dict[Leaf, list[str]] = {}
-    last = -1
-    for i, block in enumerate(found.blocks):
-        for leaf in block.leaves:
-            if leaf.path in wanted:
-                blocks.setdefault(leaf, []).append(block.name)
-                last = i
-    for leaf, names in blocks.items():
-        if len(names) > 1:
-            raise ValueError(
-                f"params: {leaf.path} is used in the blocks {', '.join(names)}, and cannot "
-                "be pruned for one of them. Leave it out with where=, or make them one "
-                "block with block_of=."
-            )
-    if unused := sorted(set(wanted) - {leaf.path for leaf in blocks}):
-        raise ValueError(
-            f"params: {_tree.listing(unused)} {'is' if len(unused) == 1 else 'are'} not "
-            "used by fn, so that nothing can be said of the inputs. Leave them out with "
-            "where=."
-        )
-    return last
+        return dict.fromkeys(work.names)
+    found = allocations.allocate(allocation, work.shapes, sparsity)
+    return {leaf: found[name] for leaf, name in work.names.items()}
 
 
 def _solve(
@@ -205,18 +166,18 @@ def _solve(
     stats: Statistics,
     method: Solver,
     refine: Refine | None,
-    wanted: Mapping[str, Sparsity],
+    wanted: Mapping[Leaf, Sparsity],
     structure: Structure,
 ) -> Solved:
     """Prunes leaf `j` of a block, use by use."""
     leaf = block.leaves[j]
     new, mask = w, jnp.ones(w.shape, bool)
     rows = []
-    for site, inputs in _uses(leaf, w, stats, str(j)):
+    for site, inputs in uses(leaf, w, stats, str(j)):
         start = time.perf_counter()
         dense = site.to_matrix(w)
         stack, batch, k, n = dense.shape
-        solution = method.solve(dense, inputs, wanted[leaf.path], structure)
+        solution = method.solve(dense, inputs, wanted[leaf], structure)
         if refine is not None:
             solution = refine(dense, solution, inputs)
         new = site.from_matrix(solution.w, new)
@@ -240,42 +201,3 @@ def _solve(
             )
         )  # fmt: skip
     return Solved(new, mask, rows)
-
-
-def _uses(
-    leaf: Leaf, w: Array, stats: Statistics, path: str
-) -> list[tuple[Site, Inputs]]:
-    """The matrices of a leaf, each with all that is multiplied with it."""
-    if path in stats.untraced:
-        raise ValueError(
-            f"params: {leaf} cannot be followed to a product in {stats.untraced[path]}. "
-            "Leave it out with where=, say with rules= how a primitive of your own "
-            "contracts it, or prune it without data by jaxprune.prune."
-        )
-    found: dict[Any, tuple[Site, Inputs]] = {}
-    for site, inputs in stats[path]:
-        if site.wraps:
-            raise ValueError(
-                f"params: {leaf} goes through {', '.join(site.wraps)} in front of its "
-                "product, so that its inputs do not say what a weight does. Merge that "
-                "into the weights first, or leave it out with where=."
-            )
-        key = site.stack, site.batch, site.k, site.n, site.offset
-        if key in found:
-            inputs = merge_inputs(found[key][1], inputs)
-        found[key] = site, inputs
-    if len(found) > 1:
-        seen = np.zeros(w.shape, np.int32)
-        for site, _ in found.values():
-            ones = jnp.ones(site.matrix, jnp.int32)
-            seen += np.asarray(site.from_matrix(ones, jnp.zeros(w.shape, jnp.int32)))
-        if seen.max() > 1:
-            raise ValueError(
-                f"params: {leaf} is used in two ways, as by x @ w and x @ w.T, and cannot "
-                "be pruned for one of them. Leave it out with where=."
-            )
-    return list(found.values())
-
-
-def _leaves(tree: PyTree) -> dict[str, Any]:
-    return dict(zip(*_tree.flatten(tree)[:2], strict=True))

@@ -11,10 +11,12 @@ from jaxtyping import Array, Bool
 
 from jaxprune import _tree, tracing
 from jaxprune._tree import PyTree
-from jaxprune.calibration import Statistics
+from jaxprune.calibration import Inputs, Statistics
 from jaxprune.calibration._calibrate import collect
+from jaxprune.calibration._moments import merge_inputs
 from jaxprune.calibration._statistics import of_trace
-from jaxprune.tracing import Block, Blocks, Leaf, Slot
+from jaxprune.posttrain._work import Work
+from jaxprune.tracing import Block, Leaf, Site, Slot
 
 Values = dict[Slot, Any]
 
@@ -25,9 +27,7 @@ class Run:
     def __init__(
         self,
         params: PyTree,
-        found: Blocks,
-        last: int,
-        batches: Sequence[tuple],
+        work: Work,
         token_weights: Callable[..., Array] | None,
         statistics: tuple[str, ...],
         offload: bool,
@@ -48,17 +48,19 @@ class Run:
         self.own: set[str] = set()  # leaves that are no longer the caller's
         self.statistics = statistics
         # Without statistics only shapes are needed, and nothing is run.
-        batches = batches if statistics else jax.eval_shape(lambda: list(batches[:1]))
+        batches = work.batches
+        if not statistics:
+            batches = jax.eval_shape(lambda: work.batches[:1])
         self.values: list[Values] = []
         self.placed: dict[Slot, Any] = {}  # shardings of activations
         for args in batches:
             self.values.append({})
-            self.keep(self.values[-1], found.inputs, jax.tree.leaves(args))
+            self.keep(self.values[-1], work.blocks.inputs, jax.tree.leaves(args))
         self.tokens = None
         if token_weights is not None:
             self.tokens = [token_weights(*args) for args in batches]
         # Behind which block a value is read for the last time.
-        used = enumerate(found.blocks[: last + 1])
+        used = enumerate(work.blocks.blocks[: work.last + 1])
         self.until = {s.number: i for i, block in used for s in block.reads}
         self.step = 0
         self.programs: dict[Any, Callable] = {}
@@ -175,6 +177,41 @@ class Run:
             x if _tree.is_hole(x) else m for m, x in zip(masks, leaves, strict=True)
         ]
         return treedef.unflatten(weights), treedef.unflatten(masks)
+
+
+def uses(
+    leaf: Leaf, w: Array, stats: Statistics, path: str
+) -> list[tuple[Site, Inputs]]:
+    """The matrices of a leaf, each with all that is multiplied with it."""
+    if path in stats.untraced:
+        raise ValueError(
+            f"params: {leaf} cannot be followed to a product in {stats.untraced[path]}. "
+            "Leave it out with where=, say with rules= how a primitive of your own "
+            "contracts it, or prune it without data by jaxprune.prune."
+        )
+    found: dict[Any, tuple[Site, Inputs]] = {}
+    for site, inputs in stats[path]:
+        if site.wraps:
+            raise ValueError(
+                f"params: {leaf} goes through {', '.join(site.wraps)} in front of its "
+                "product, so that its inputs do not say what a weight does. Merge that "
+                "into the weights first, or leave it out with where=."
+            )
+        key = site.stack, site.batch, site.k, site.n, site.offset
+        if key in found:
+            inputs = merge_inputs(found[key][1], inputs)
+        found[key] = site, inputs
+    if len(found) > 1:
+        seen = np.zeros(w.shape, np.int32)
+        for site, _ in found.values():
+            ones = jnp.ones(site.matrix, jnp.int32)
+            seen += np.asarray(site.from_matrix(ones, jnp.zeros(w.shape, jnp.int32)))
+        if seen.max() > 1:
+            raise ValueError(
+                f"params: {leaf} is used in two ways, as by x @ w and x @ w.T, and cannot "
+                "be pruned for one of them. Leave it out with where=."
+            )
+    return list(found.values())
 
 
 def _axes_of(

@@ -24,6 +24,9 @@ SOLVERS = {
 }
 
 
+PARTS = ("down", "up")
+
+
 class Layer(nn.Module):
     @nn.compact
     def __call__(self, x, _=None):
@@ -196,6 +199,47 @@ def test_eight_devices_and_one(explicit):
         assert np.mean(np.asarray(a) != np.asarray(b)) <= 0.001
     for a, b in zip(*map(jax.tree.leaves, (one, eight)), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
+
+
+def test_outliers_and_layers_by_name():
+    ratios, masks = [], []
+    for fn, params in both():
+        run = functools.partial(posttrain.outlier_ratios, fn, params, batches())
+        found = run(multiple=1.5, where="*/kernel")
+        assert found == run(multiple=1.5, where="*/kernel", offload=True)
+        pruned = posttrain.prune(
+            fn, params, batches(), method=posttrain.wanda(), sparsity=0.5,
+            allocation=functools.partial(jp.allocation.owl, outliers=found),
+        )  # fmt: skip
+        ratios.append(found)
+        masks.append(jp.masks.count(pruned[1]))
+        rows = pruned[2].rows
+        by_layer = [rows[i].sparsity for i in (0, 2, 4)]
+        order = [found[name] for name in found if "up" in name]
+        assert np.argsort(by_layer).tolist() == np.argsort(order)[::-1].tolist()
+    scanned, unrolled = ratios
+    assert list(scanned) == [f"layers/{i}/{p}/kernel" for i in range(3) for p in PARTS]
+    np.testing.assert_allclose(list(scanned.values()), list(unrolled.values()))
+    assert len(set(scanned.values())) == 3
+    assert abs(masks[0].kept - masks[1].kept) <= 6  # of as many weights
+    # By hand, for the first layer.
+    fn, params = both()[1]
+    stats = calibrate(fn, params, batches(), where="layers_0/*/kernel")
+    scores = []
+    for part in PARTS:
+        ((_, inputs),) = stats[f"layers_0/{part}/kernel"]
+        w = params["params"]["layers_0"][part]["kernel"]
+        scores.append(np.abs(w) * np.sqrt(inputs.square[0, 0])[:, None])
+    flat = np.concatenate([x.ravel() for x in scores])
+    np.testing.assert_allclose(
+        unrolled["layers_0/up/kernel"], np.mean(flat > 1.5 * flat.mean()), atol=1e-6
+    )
+    table = {"layers/0/*": 0.25, "layers/[12]/*": 0.5}
+    fn, params = both()[0]
+    *_, report = posttrain.prune(
+        fn, params, batches(), method=posttrain.magnitude(), allocation=table
+    )
+    assert [r.sparsity for r in report.rows] == [0.25] * 2 + [0.5] * 4
 
 
 @pytest.mark.parametrize("form", ["scanned", "unrolled"])

@@ -1,0 +1,105 @@
+"""What one-shot pruning has to do: the blocks of a function, and the leaves in each."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxprune import _tree, tracing
+from jaxprune._tree import PyTree
+from jaxprune.tracing import Block, Blocks, Leaf
+
+
+class Work(NamedTuple):
+    """A function in blocks, and what of it was chosen.
+
+    Attributes:
+      batches: tuples of arguments, of one set of shapes.
+      blocks: of the function.
+      names: of the chosen leaves, and of each layer of those that a scan runs over: as it
+        would be called in an unrolled model, `"layers/3/up/kernel"`.
+      shapes: of the same, by name.
+      last: the last block with one of them.
+    """
+
+    batches: list[tuple]
+    blocks: Blocks
+    names: dict[Leaf, str]
+    shapes: dict[str, tuple[int, ...]]
+    last: int
+
+    def picked(self, block: Block) -> list[int]:
+        """Which leaves of a block are chosen."""
+        return [j for j, leaf in enumerate(block.leaves) if leaf in self.names]
+
+
+def begin(
+    fn: Callable[..., Any],
+    params: PyTree,
+    batches: Iterable[Any],
+    where: _tree.Where,
+    block_of: tracing.BlockOf,
+) -> Work:
+    """Cuts the function; refuses what cannot be done, before anything is run."""
+    listed = _listed(batches)
+    paths, leaves, _ = _tree.flatten(_tree.select(params, where))
+    chosen = {
+        p: x.shape for p, x in zip(paths, leaves, strict=True) if not _tree.is_hole(x)
+    }
+    found = tracing.blocks(fn, params, *listed[0], block_of=block_of)
+    names: dict[Leaf, str] = {}
+    users: dict[Leaf, list[str]] = {}
+    last = -1
+    for i, block in enumerate(found.blocks):
+        for leaf in (x for x in block.leaves if x.path in chosen):
+            users.setdefault(leaf, []).append(block.name)
+            names[leaf] = _name(leaf, block)
+            last = i
+    _check(users, set(chosen))
+    shapes = {
+        name: chosen[leaf.path][leaf.layer is not None :]
+        for leaf, name in names.items()
+    }
+    return Work(listed, found, names, shapes, last)
+
+
+def _listed(batches: Iterable[Any]) -> list[tuple]:
+    listed = [b if isinstance(b, tuple) else (b,) for b in batches]
+    if not listed:
+        raise ValueError(
+            "batches: there is none; expected an iterable of at least one tuple of "
+            "arguments for fn. A generator that was used up gives nothing a second time."
+        )
+    spelled = [str(jax.tree.map(jax.typeof, args)) for args in listed]
+    if odd := [i for i, x in enumerate(spelled) if x != spelled[0]]:
+        raise ValueError(
+            f"batches: batch {odd[0]} is {spelled[odd[0]]}, and the first one {spelled[0]}; "
+            "expected one set of shapes. Pad, and leave padding out with token_weights=, or "
+            "leave the odd batch out."
+        )
+    return listed
+
+
+def _name(leaf: Leaf, block: Block) -> str:
+    """`"layers/3/up/kernel"` for layer 3 of `"layers/up/kernel"`."""
+    if leaf.layer is None:
+        return leaf.path
+    stem = block.name.rpartition("/")[0]
+    return f"{block.name}{leaf.path[len(stem) :]}"
+
+
+def _check(users: dict[Leaf, list[str]], chosen: set[str]) -> None:
+    """Each leaf must be used, and in one block only."""
+    for leaf, names in users.items():
+        if len(names) > 1:
+            raise ValueError(
+                f"params: {leaf.path} is used in the blocks {', '.join(names)}, and cannot "
+                "be pruned for one of them. Leave it out with where=, or make them one "
+                "block with block_of=."
+            )
+    if unused := sorted(chosen - {leaf.path for leaf in users}):
+        raise ValueError(
+            f"params: {_tree.listing(unused)} {'is' if len(unused) == 1 else 'are'} not "
+            "used by fn, so that nothing can be said of the inputs. Leave them out with "
+            "where=."
+        )
