@@ -39,7 +39,8 @@ def accelerate(
 
     Whole blocks are packed. A pruned weight in a block that is kept is a 0 there, which
     training would move: `jaxprune.formats.value_masks` says which they are. Forward-mode
-    derivatives (`jax.jvp`) do not go through a packed product, nor do explicit meshes.
+    derivatives (`jax.jvp`) do not go through a packed product. On a mesh, rows of x may be
+    sharded and packed leaves are whole on every device.
 
     Args:
       fn: `fn(params, *args)`, pure, of arrays.

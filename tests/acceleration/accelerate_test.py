@@ -62,6 +62,31 @@ def test_same_result_and_gradients(pruned):
         np.testing.assert_allclose(unpacked, there, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_rows_sharded_over_a_mesh(pruned, kind):
+    kind = getattr(jax.sharding.AxisType, kind)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        whole = jax.NamedSharding(mesh, jax.P())
+        params, masks = jax.device_put(pruned, whole)
+        x = jax.random.normal(KEY, (256, 512))
+        x = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+        fast, packed, report = jp.accelerate(mlp, params, masks, x)
+        assert [c.go for c in report.choices] == [True, True]
+        y = jax.jit(fast)(packed, x)
+        assert y.sharding.spec[0] == "data"
+        np.testing.assert_allclose(y, mlp(params, x), atol=1e-4)
+
+        def loss(values):
+            return jnp.sum(fast(jp.formats.with_values(packed, values), x) ** 2)
+
+        found = jax.jit(jax.grad(loss))(jp.formats.values(packed))
+        wanted = jax.grad(lambda p: jnp.sum(mlp(p, x) ** 2))(params)
+        np.testing.assert_allclose(
+            found["up"]["bias"], wanted["up"]["bias"], rtol=1e-4, atol=1e-4
+        )
+
+
 def test_other_shapes_than_the_example(pruned):
     params, masks = pruned
     example = jax.ShapeDtypeStruct((256, 512), jnp.float32)
