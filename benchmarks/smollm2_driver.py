@@ -43,71 +43,67 @@ import prune_smollm2 as demo  # noqa: E402
 from smollm2 import text, weights  # noqa: E402
 
 WINDOWS, LENGTH = 8, 256
+FEW = 4
 METHODS = {"Wanda": jp.posttrain.wanda(), "SparseGPT": jp.posttrain.sparsegpt()}
 Case = tuple[demo.Net, Any, np.ndarray]
 
 
-def cases(lm: Any, ids: np.ndarray) -> dict[str, Case]:
-    """The model in its forms, each with where its parameters and tokens lie."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    nnx, linen = demo.in_nnx(lm), demo.in_linen(lm)
-    whole = jax.device_put(nnx.params, jax.NamedSharding(mesh, jax.P()))
-    rows = jax.device_put(ids, jax.NamedSharding(mesh, jax.P("data")))
-    return {
-        "NNX": (nnx, nnx.params, ids),
-        "linen, scanned": (linen, linen.params, ids),
-        "NNX, 8 devices": (nnx, whole, rows),
-    }
-
-
-def squares(net: demo.Net, params: Any, ids: Any) -> dict[str, np.ndarray]:
-    """Mean squares and diagonals and corners of Gram matrices, by leaf of the NNX model."""
+def squares(case: Case, where: str) -> dict[str, np.ndarray]:
+    """Mean squares and Gram matrices, by leaf of the NNX model."""
+    net, params, ids = case
     stats = jp.calibration.calibrate(
-        net.logits, params, [ids], statistics=("square", "gram"), where="*/kernel"
+        net.logits, params, [ids], statistics=("square", "gram"), where=where
     )
     found: dict[str, np.ndarray] = {}
     for path in stats:
         ((site, inputs),) = stats[path]
         for layer in range(site.matrix.stack):
-            name = path.replace("layers/", f"layers/{layer}/", 1)
-            name = name if site.matrix.stack > 1 else path
+            name = path
+            if site.matrix.stack > 1:
+                name = path.replace("layers/", f"layers/{layer}/", 1)
             found[f"{name} square"] = np.asarray(inputs.square[layer, 0])
             found[f"{name} gram"] = np.asarray(inputs.gram[layer, 0])
     return found
 
 
-def agreement(found: dict[str, Case]) -> str:
-    """How far each form is from the first."""
-    lines = ["| form | mean squares | Gram matrices | masks of Wanda | of SparseGPT |",
-             "|---" * 5 + "|"]  # fmt: skip
-    first: Any = None
-    for name, (net, params, ids) in found.items():
-        stats = squares(net, params, ids)
-        masks = {}
-        for method, solver in METHODS.items():
-            mask = jp.posttrain.prune(
-                net.logits, params, [ids], method=solver, sparsity=0.5
-            )[1]
-            unstacked = net.as_nnx(mask)
-            masks[method] = [np.asarray(m) for m in jax.tree.leaves(unstacked)]
-            print(f"{name}: {method} done", file=sys.stderr, flush=True)
-        if first is None:
-            first = stats, masks
-            continue
-        gaps = {"square": 0.0, "gram": 0.0}
-        for (key, x), (_, y) in zip(
-            sorted(stats.items()), sorted(first[0].items()), strict=True
-        ):
-            gap = np.abs(x - y).max() / np.abs(y).max()
-            kind = key.rpartition(" ")[2]
-            gaps[kind] = max(gaps[kind], float(gap))
-        cells = [f"{gap:.1e}" for gap in gaps.values()]
-        for method, own in masks.items():
-            other = first[1][method]
-            flipped = sum(int(np.sum(a != b)) for a, b in zip(own, other, strict=True))
-            cells.append(f"{flipped / sum(m.size for m in own):.4%}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def masks(case: Case, method: str, where: str) -> list[np.ndarray]:
+    """Masks at 50 %, in the order of the NNX model."""
+    net, params, ids = case
+    found = jp.posttrain.prune(
+        net.logits, params, [ids], method=METHODS[method], sparsity=0.5, where=where
+    )[1]
+    return [np.asarray(m) for m in jax.tree.leaves(net.as_nnx(found))]
+
+
+def compare(name: str, one: Case, other: Case, where: str = "*/kernel") -> str:
+    """How far one form is from another."""
+    a, b = squares(one, where), squares(other, where)
+    gaps = {"square": 0.0, "gram": 0.0}
+    for (key, x), (_, y) in zip(sorted(a.items()), sorted(b.items()), strict=True):
+        kind = key.rpartition(" ")[2]
+        gaps[kind] = max(gaps[kind], float(np.abs(x - y).max() / np.abs(x).max()))
+    del a, b
+    cells = [f"{gap:.1e}" for gap in gaps.values()]
+    for method in METHODS:
+        a, b = masks(one, method, where), masks(other, method, where)
+        flipped = sum(int(np.sum(x != y)) for x, y in zip(a, b, strict=True))
+        cells.append(f"{flipped / sum(x.size for x in a):.4%}")
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def agreement(lm: Any, ids: np.ndarray) -> None:
+    """NNX and linen, all layers; one device and eight, the first `FEW` layers."""
+    print("| | mean squares | Gram matrices | masks of Wanda | of SparseGPT |")
+    print("|---" * 5 + "|")
+    nnx, linen = demo.in_nnx(lm), demo.in_linen(lm)
+    first = nnx, nnx.params, ids
+    print(compare("NNX, linen", first, (linen, linen.params, ids)), flush=True)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole = jax.device_put(nnx.params, jax.NamedSharding(mesh, jax.P()))
+    rows = jax.device_put(ids, jax.NamedSharding(mesh, jax.P("data")))
+    where = f"layers/[0-{FEW - 1}]/*/kernel"
+    name = f"1 device, 8 ({FEW} layers)"
+    print(compare(name, first, (nnx, whole, rows), where), flush=True)
 
 
 def median(f: Callable[[], Any], rounds: int) -> float:
@@ -178,7 +174,8 @@ def main() -> None:
     lm, tokenizer = weights.pretrained()
     ids = text.read(args.data_dir, tokenizer, demo.CALIBRATION)[:WINDOWS, :LENGTH]
     if args.only in (None, "agreement"):
-        print(agreement(cases(lm, ids)), end="\n\n", flush=True)
+        agreement(lm, ids)
+        print()
     if args.only in (None, "costs"):
         print(costs(demo.in_linen(lm), ids, args.rounds), end="\n\n", flush=True)
     if args.only in (None, "held"):
