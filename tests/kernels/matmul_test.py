@@ -167,7 +167,9 @@ def test_ragged_groups(name):
     def product(p, x):
         return f(x, p, group_sizes=sizes, bias=bias, activation=jax.nn.relu)
 
-    np.testing.assert_allclose(jax.jit(product)(packed, x), jax.jit(wanted)(w, x), atol=1e-4)
+    np.testing.assert_allclose(
+        jax.jit(product)(packed, x), jax.jit(wanted)(w, x), atol=1e-4
+    )
     dvalues, dx = gradients(product, packed, x)
     dw, right = of_dense(wanted, w, x)
     np.testing.assert_allclose(dx, right, atol=1e-2)
