@@ -6,6 +6,7 @@ for the tests that follow and for the next run, and files that ask for `quick_co
 do with fewer optimizations.
 """
 
+import collections
 import gc
 import os
 import pathlib
@@ -34,6 +35,20 @@ import jax  # noqa: E402  (reads the environment)
 # Tracing makes so many objects that looking for garbage among them would take a quarter of
 # its time.
 gc.set_threshold(100_000, 20, 20)
+
+# Files of few tests that take long.
+_LONG = (
+    "tpu_bundles_test.py",
+    "minilm_resume_test.py",
+    "nm_matmul_gpu_test.py",
+    "block_sparse_matmul_gpu_test.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Longest files first, so that no worker is left alone with one at the end."""
+    tests = collections.Counter(item.path for item in items)
+    items.sort(key=lambda x: (x.path.name not in _LONG, -tests[x.path], x.path))
 
 
 @pytest.fixture(scope="module")
