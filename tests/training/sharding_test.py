@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MESHES = [
     pytest.param(AxisType.Explicit, id="explicit"),
     pytest.param(AxisType.Auto, id="auto"),
