@@ -86,7 +86,8 @@ def pack_blocks(
             f"capacity: got {capacity}, but the mask keeps {most} blocks; expected at least "
             "as many. Leave capacity= out, or prune more."
         )
-    return BlockSparseArray(*_fields(w, mask, kept, layout, size, capacity), layout)
+    values, rows, columns, by_row = _fields(w, mask, kept, layout, size, capacity)
+    return BlockSparseArray(values, rows, columns, by_row, layout)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
