@@ -40,9 +40,11 @@ demo: $(VENV)/.stamp-examples $(VENV)/.stamp-minilm $(VADER)
 demo-llm: $(VENV)/.stamp-examples $(VENV)/.stamp-smollm2 $(AUSTEN)
 	$(BIN)/python examples/prune_smollm2.py --data-dir $(DATA) --out build/demo-llm $(DEMO_ARGS)
 
-# The virtual CPU devices that the sharding tests need are set up in tests/conftest.py.
+# The virtual CPU devices that the sharding tests need are set up in tests/conftest.py, and
+# so is the order of the files.
 test: $(VENV)/.stamp-test build/libtpu
-	JAX_PLATFORMS=cpu $(BIN)/pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+		$(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-lint
 	$(BIN)/ruff check .

@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 import jaxprune as jp
 from jaxprune import masks
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPES = [(), (0,), (1,), (8,), (9,), (3, 5), (7, 16), (8, 3), (2, 9, 4), (2, 3, 0, 4)]
 
 

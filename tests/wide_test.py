@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import jaxprune as jp
 from jaxprune import _wide
 
 U64 = st.integers(0, 2**64 - 1)
@@ -138,3 +139,12 @@ def test_popcount(dtype):
     words = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (7, 9), dtype)
     expected = sum(int(w).bit_count() for w in words.ravel())
     assert int(_wide.popcount(jnp.asarray(words))) == expected
+
+
+def test_exact_count_where_float32_arithmetic_fails():
+    size = 2**25 + 1
+    weights = jax.random.bits(jax.random.key(0), (size,), jnp.uint16)
+    weights = weights.astype(jnp.bfloat16)  # many ties, at all magnitudes
+    _, masks = jp.prune({"kernel": weights}, 0.9, where="kernel")
+    kept = size - (size * 9 * 2 + 10) // 20  # size - floor(0.9 size + 1/2)
+    assert jp.masks.count(masks) == (kept, size)

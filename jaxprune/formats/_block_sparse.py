@@ -1,6 +1,7 @@
 """Block-sparse matrices: the blocks that are kept, and where each of them stands."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ def pack_blocks(
     """The blocks of `w` that hold a weight kept by `mask`."""
     layout = _layout.of(w.shape, *block.matrix_axes("w", w.shape))
     size = (block.rows, block.cols)
-    kept = _blocks(layout, mask, size).any((-2, -1))  # [..., blocks]
+    kept = _kept(mask, layout, size)  # [..., blocks]
     if capacity is None:
         capacity = _most(kept)
     elif not isinstance(kept, core.Tracer) and (most := _most(kept)) > capacity:
@@ -85,13 +86,23 @@ def pack_blocks(
             f"capacity: got {capacity}, but the mask keeps {most} blocks; expected at least "
             "as many. Leave capacity= out, or prune more."
         )
-    values = _blocks(layout, jnp.where(mask, w, jnp.zeros_like(w)), size)
-    grid = tuple(-(-n // b) for n, b in zip(layout.matrix, size, strict=True))
-    gather = _vectorized(values.ndim - 3, _gather, grid, capacity)
-    values, rows, columns, by_row = gather(values, kept)
+    values, rows, columns, by_row = _fields(w, mask, kept, layout, size, capacity)
     return BlockSparseArray(values, rows, columns, by_row, layout)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _kept(mask, layout, size) -> Bool[Array, "... blocks"]:
+    return _blocks(layout, mask, size).any((-2, -1))
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _fields(w, mask, kept, layout, size, capacity):
+    values = _blocks(layout, jnp.where(mask, w, jnp.zeros_like(w)), size)
+    grid = tuple(-(-n // b) for n, b in zip(layout.matrix, size, strict=True))
+    return _vectorized(values.ndim - 3, _gather, grid, capacity)(values, kept)
+
+
+@jax.jit
 def unpack_blocks(packed: BlockSparseArray) -> Float[Array, "..."]:
     """The leaf, with zeros where no block is."""
     scatter = _vectorized(packed.values.ndim - 3, _scatter, packed.grid)

@@ -147,13 +147,15 @@ def _packed(w, mask, n, m, stride, coding):
     values = _pick(weights, places).reshape(*batch, groups * n, cols)
     if coding == "words":
         values = _nm_words.by_lanes(values)
-    values = lax.bitcast_convert_type(values, w.dtype)
     most = jnp.max(jnp.sum(kept, -2), initial=0)
     if jnp.issubdtype(w.dtype, jnp.floating):
         # More weights than there is room for must not go unnoticed, and jit cannot raise.
+        # Of bits, since XLA may choose between small floats as float32, which mends NaN.
+        nan = _as_bits(jnp.asarray(jnp.nan, w.dtype))
         values = lax.cond(
-            most > n, lambda x: jnp.full_like(x, jnp.nan), lambda x: x, values
+            most > n, lambda x: jnp.full_like(x, nan), lambda x: x, values
         )
+    values = lax.bitcast_convert_type(values, w.dtype)
     layout = _layout.of((rows, cols), (0,), (1,))
     return NMArray(values, codes, layout, n, m, stride, coding), most
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 import jaxprune as jp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NORMS = [(0.5, 1.0), (1.0, 2.0)]
 
 

@@ -55,6 +55,7 @@ def _run(*folders: pathlib.Path, kill: str = "") -> subprocess.CompletedProcess:
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(folders[0].parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     command = [sys.executable, __file__, kill, *map(str, folders)]
     return subprocess.run(

@@ -12,6 +12,8 @@ from jaxprune.kernels.block_sparse_matmul import gpu, reference, shapes
 
 import jaxprune as jp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CUSTOM_CALL = "mosaic_gpu_v2"
 
 

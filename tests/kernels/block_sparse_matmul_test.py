@@ -11,6 +11,8 @@ from jaxprune.kernels.block_sparse_matmul import reference, shapes
 
 import jaxprune as jp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CASES = [
     *((s, "xla") for s in (*shapes.SMALL, *shapes.WIDE)),
     *((s, "tpu") for s in shapes.WIDE),

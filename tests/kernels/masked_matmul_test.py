@@ -9,6 +9,8 @@ from jaxprune.kernels.masked_matmul import reference, shapes
 
 import jaxprune as jp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CASES = [
     *((s, "xla") for s in (*shapes.SMALL, *shapes.WIDE[2:4])),
     *((s, "tpu") for s in shapes.WIDE),

@@ -1,5 +1,7 @@
 """What all products with packed weights can do: epilogues, stacks of experts, meshes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ STRUCTURES = {"block_sparse_matmul": jp.Block(8, 8), "nm_matmul": jp.NM(2, 4)}
 NAMES = list(STRUCTURES)
 
 
+@functools.cache
 def make(name, rows, dtype="float32", stack=()):
     """The function, x, the packed weights, and these with their zeros."""
     random = np.random.default_rng(0)
@@ -25,12 +28,29 @@ def make(name, rows, dtype="float32", stack=()):
     )
     structure = STRUCTURES.get(name, jp.Unstructured())
     if name == "nm_matmul":
-        mask = structure.best("w", jnp.abs(w).astype(jnp.float32))
+        mask, capacity = _best(w), None
     else:
         blocks = random.random((*stack, K // 8, N // 8)) < 0.6
         mask = jnp.asarray(np.kron(blocks, np.ones((8, 8))), bool)
-    packed = jp.formats.pack(w, mask, structure)
-    return getattr(jp.kernels, name), x, packed, jnp.where(mask, w, 0)
+        most = int(blocks.sum((-2, -1)).max())
+        capacity = most * (1 if name == "block_sparse_matmul" else 64)
+    packed = _pack(w, mask, structure, capacity)
+    return getattr(jp.kernels, name), x, packed, _masked(w, mask)
+
+
+@jax.jit
+def _best(w):
+    return STRUCTURES["nm_matmul"].best("w", jnp.abs(w).astype(jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _pack(w, mask, structure, capacity):
+    return jp.formats.pack(w, mask, structure, capacity=capacity)
+
+
+@jax.jit
+def _masked(w, mask):
+    return jnp.where(mask, w, 0)
 
 
 def gradients(f, packed, *operands):
@@ -44,6 +64,14 @@ def gradients(f, packed, *operands):
     return jax.jit(jax.grad(loss, every))(packed.values, *operands)
 
 
+def of_dense(wanted, *operands):
+    """The gradient of a sum of squares with respect to each operand."""
+    every = tuple(range(len(operands)))
+    loss = lambda *a: jnp.sum(wanted(*a) ** 2)  # noqa: E731
+    return jax.jit(jax.grad(loss, every))(*operands)
+
+
+@jax.jit
 def of_values(packed, dw):
     """Where values stand, the gradient of a dense matrix."""
     back = jax.vjp(
@@ -75,14 +103,14 @@ def test_bias_and_activation(name, activation, dtype):
     assert y.dtype == dtype
     np.testing.assert_allclose(
         y.astype(jnp.float32),
-        wanted(exact[0], *exact[1:]),
+        jax.jit(wanted)(*exact),
         rtol=tolerance,
         atol=1e-5 if dtype == "float32" else 1e-2,
     )
     found = gradients(
         lambda p, x, b: f(x, p, bias=b, activation=activation), packed, x, bias
     )
-    dw, *right = jax.grad(lambda *a: jnp.sum(wanted(*a) ** 2), (0, 1, 2))(*exact)
+    dw, *right = of_dense(wanted, *exact)
     right = [of_values(packed, dw.astype(dtype)).astype(jnp.float32), *right]
     for a, b in zip(found, right, strict=True):
         scale = np.abs(b).max()
@@ -94,11 +122,13 @@ def test_bias_and_activation(name, activation, dtype):
 @pytest.mark.parametrize("name", NAMES)
 def test_activation_alone_and_bias_of_a_stack(name):
     f, x, packed, w = make(name, 5)
-    y = f(x, packed, activation=jax.nn.silu)
+    y = jax.jit(lambda x, packed: f(x, packed, activation=jax.nn.silu))(x, packed)
     np.testing.assert_allclose(y, jax.nn.silu(x @ w), atol=1e-5)
     f, x, packed, w = make(name, 5, stack=(3,))
     bias = jnp.arange(3.0 * N).reshape(3, N)
-    y = f(jnp.stack([x] * 3), packed, bias=bias)
+    y = jax.jit(lambda x, packed, bias: f(x, packed, bias=bias))(
+        jnp.stack([x] * 3), packed, bias
+    )
     np.testing.assert_allclose(y, x @ w + bias[:, None], atol=1e-4)
     with pytest.raises(
         ValueError, match=r"bias: its shape is \(16,\); expected \[3, 16"
@@ -114,11 +144,11 @@ def test_experts(name):
     def wanted(w, x):
         return jnp.einsum("etk,ekn->etn", x, w)
 
-    np.testing.assert_allclose(jax.jit(f)(x, packed), wanted(w, x), atol=1e-4)
+    np.testing.assert_allclose(jax.jit(f)(x, packed), jax.jit(wanted)(w, x), atol=1e-4)
     mapped = jax.jit(jax.vmap(f))(x, packed)
-    np.testing.assert_allclose(mapped, wanted(w, x), atol=1e-4)
+    np.testing.assert_allclose(mapped, jax.jit(wanted)(w, x), atol=1e-4)
     dvalues, dx = gradients(lambda p, x: f(x, p), packed, x)
-    dw, right = jax.grad(lambda *a: jnp.sum(wanted(*a) ** 2), (0, 1))(w, x)
+    dw, right = of_dense(wanted, w, x)
     np.testing.assert_allclose(dx, right, atol=1e-3)
     np.testing.assert_allclose(dvalues, of_values(packed, dw), atol=1e-3)
 
@@ -137,9 +167,11 @@ def test_ragged_groups(name):
     def product(p, x):
         return f(x, p, group_sizes=sizes, bias=bias, activation=jax.nn.relu)
 
-    np.testing.assert_allclose(jax.jit(product)(packed, x), wanted(w, x), atol=1e-4)
+    np.testing.assert_allclose(
+        jax.jit(product)(packed, x), jax.jit(wanted)(w, x), atol=1e-4
+    )
     dvalues, dx = gradients(product, packed, x)
-    dw, right = jax.grad(lambda *a: jnp.sum(wanted(*a) ** 2), (0, 1))(w, x)
+    dw, right = of_dense(wanted, w, x)
     np.testing.assert_allclose(dx, right, atol=1e-2)
     np.testing.assert_allclose(dvalues, of_values(packed, dw), atol=1e-2)
     with pytest.raises(

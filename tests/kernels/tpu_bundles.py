@@ -34,6 +34,7 @@ def prepare(dump: str) -> None:
     """Sets what libtpu reads from the environment, before JAX is imported."""
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",  # libtpu does not know those of CPUs, and stops
         "TPU_LIBRARY_PATH": str(LIBTPU),
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",

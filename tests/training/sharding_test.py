@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MESHES = [
     pytest.param(AxisType.Explicit, id="explicit"),
     pytest.param(AxisType.Auto, id="auto"),
@@ -91,7 +93,7 @@ def on_one_device(name):
     params = make_params(LAYOUT)
     tx = jp.masked(optax.adam(0.1), METHODS[name])
     run = jax.jit(functools.partial(step, tx))
-    updates, state = run(params, run(params, tx.init(params))[1])
+    updates, state = run(params, run(params, jax.jit(tx.init)(params))[1])
     return updates, jp.get_masks(state), jp.get_info(state)
 
 
@@ -174,7 +176,7 @@ def test_heads_on_a_mesh(kind):
     tx = jp.masked(optax.adam(0.1), jp.neuroprune(
         0.5, roles=roles, end=1, every=1, head_every=1, theta=None, theta_rel=2.0))  # fmt: skip
     run = jax.jit(functools.partial(step, tx))
-    _, expected = run(plain, run(plain, tx.init(plain))[1])
+    _, expected = run(plain, run(plain, jax.jit(tx.init)(plain))[1])
     assert not next(iter(expected.method.own.alive.values())).all()
 
     params = place(plain, layout, kind)
