@@ -117,12 +117,14 @@ def either(
     f: Callable[..., PyTree],
     g: Callable[..., PyTree],
     weights: PyTree,
-    *fixed: Array,
+    *fixed: PyTree,
 ) -> PyTree:
     """`f(weights, *fixed)` if `test` holds, else `g`; derivatives are those by `weights`.
 
     What a derivative needs is made again from the weights, not stored, and behind a
-    branch, so that it is there for these weights only. For reverse mode.
+    branch, so that it is there for these weights only. For reverse mode. Traced arrays go
+    through `fixed`, not into closures: the derivative may be taken outside of the `jit`,
+    `scan` or `vmap` in which they live.
     """
 
     @jax.custom_vjp
@@ -130,7 +132,8 @@ def either(
         return lax.cond(test, f, g, weights, *fixed)
 
     def forward(test, weights, *fixed):
-        return chosen(test, weights, *fixed), (test, weights, fixed)
+        # Not `chosen`: the derivative of this derivative may be taken in forward mode.
+        return lax.cond(test, f, g, weights, *fixed), (test, weights, fixed)
 
     def backward(residuals, cotangent):
         test, weights, fixed = residuals

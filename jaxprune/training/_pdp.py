@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -91,8 +92,9 @@ def pdp(
       Cho et al., PDP: Parameter-free Differentiable Pruning is All You Need,
       arXiv 2305.11203, section 3.
     """
-    if not tau > 0:
-        raise ValueError(f"tau: got {tau}; expected a temperature above 0, as 1e-4.")
+    _target.require(
+        "tau", tau, lambda x: 0 < x < math.inf, "a temperature above 0, such as 1e-4"
+    )
     target = _target.rising(
         sparsity, structure, allocation, begin=begin, end=end, every=every,
         initial=0.0, method="pdp", ramp=schedules.linear,
@@ -141,15 +143,16 @@ class _View:
         def see(w, mask):
             path = next(paths)
 
-            def hard(w, limit, tau):
+            def hard(w, mask, limit, tau):
                 del limit, tau
                 return jnp.where(masks.as_bool(mask), w, 0)
 
-            def soft(w, limit, tau):
+            def soft(w, mask, limit, tau):
+                del mask
                 m = _soft(self.structure, path, w, limit, tau)
                 return (w * m).astype(w.dtype)
 
-            return either(own.hard, hard, soft, w, next(limits), own.tau)
+            return either(own.hard, hard, soft, w, mask, next(limits), own.tau)
 
         return _tree.map_leaves(see, params, state.masks)
 

@@ -1,6 +1,7 @@
 """Soft top-k masks by regularised transportation (Spartan, arXiv 2205.14107)."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -98,8 +99,9 @@ def soft_top_k(
       Tai, Tian & Lim, Spartan: Differentiable Sparsity via Regularized Transportation,
       arXiv 2205.14107, section 3.
     """
-    if not beta > 0:
-        raise ValueError(f"beta: got {beta}; expected a sharpness above 0, such as 20.")
+    _target.require(
+        "beta", beta, lambda x: 0 < x < math.inf, "a sharpness above 0, such as 20"
+    )
     if isinstance(structure, NM):
         raise ValueError(
             f"structure: got {structure}; expected Unstructured, Block or Channel, since "
@@ -190,16 +192,17 @@ class _View:
         found: list[Array] = []
         for group, mu in _groups(len(paths), self.shared, own):
 
-            def hard(ws, mu, beta, group=group):
+            def hard(ws, keeps, mu, beta):
                 del mu, beta
-                return _kept(ws, packed[group])
+                return _kept(ws, keeps)
 
-            def soft(ws, mu, beta, group=group):
+            def soft(ws, keeps, mu, beta, group=group):
                 us = _weigh(self.structure, paths[group], ws, mu, beta)
-                seen = _kept(us, packed[group])
+                seen = _kept(us, keeps)
                 return [straight_through(*xs) for xs in zip(us, seen, strict=True)]
 
-            found += either(own.hard, hard, soft, weights[group], mu, own.beta)
+            operands = weights[group], packed[group], mu, own.beta
+            found += either(own.hard, hard, soft, *operands)
         new = iter(found)
         return _tree.map_leaves(lambda w: next(new), params)
 
