@@ -1,6 +1,8 @@
 """Train, prune, rewind, and again: the loop that all methods in rounds share."""
 
+import functools
 import json
+import numbers
 import os
 import pathlib
 import zlib
@@ -75,10 +77,9 @@ def run(
       directory: where each round is saved, and found again after a stop.
       settings: further arguments that must be the same then.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds: got {rounds}; expected at least 1.")
-    if rewind is not None and rewind < 0:
-        raise ValueError(f"rewind: got {rewind}; expected a step, or None.")
+    at_least("rounds", rounds, 1)
+    if rewind is not None:
+        at_least("rewind", rewind, 0)
     chosen = _tree.select(params, where)
     settings = dict(settings) | {"rewind": rewind}
     folder = open_folder(directory, params, chosen, settings)
@@ -177,7 +178,17 @@ def open_folder(
 
 def _spelled(x: Any) -> str:
     """The same in every process: functions by their names, not their addresses."""
+    if isinstance(x, functools.partial):
+        return f"{_spelled(x.func)}{x.args}{x.keywords}"
     return getattr(x, "__qualname__", None) or repr(x)
+
+
+def at_least(name: str, value: Any, least: int) -> None:
+    """Raises `ValueError` unless `value` is a whole number, and large enough."""
+    if not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(
+            f"{name}: got {value!r}; expected a whole number of at least {least}."
+        )
 
 
 def kept(folder: pathlib.Path | None, name: str, like: PyTree, make) -> PyTree:

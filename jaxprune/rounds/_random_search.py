@@ -12,6 +12,7 @@ from jaxprune import _prune, _tree, scores
 from jaxprune import masks as mask_trees
 from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation
+from jaxprune.rounds._loop import at_least
 from jaxprune.structures import Channel, Structure
 
 
@@ -77,8 +78,7 @@ def random_search(
       Farahani, Random Search as a Baseline for Sparse Neural Network Architecture
       Search, arXiv 2403.08265.
     """
-    if trials < 1:
-        raise ValueError(f"trials: got {trials}; expected at least 1.")
+    at_least("trials", trials, 1)
 
     def draw(key: Key[Array, ""]) -> PyTree:
         return _prune.prune(

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from jaxprune import masks as mask_trees
 from jaxprune._tree import PyTree
+from jaxprune.rounds._loop import at_least
 
 
 class Scratch(NamedTuple):
@@ -63,8 +64,7 @@ def scratch(
     References:
       Liu et al., Rethinking the Value of Network Pruning, arXiv 1810.05270, section 3.
     """
-    if steps < 1:
-        raise ValueError(f"steps: got {steps}; expected at least 1.")
+    at_least("steps", steps, 1)
     if budget not in ("epochs", "flops"):
         raise ValueError(f"budget: got {budget!r}; expected 'epochs' or 'flops'.")
     if cap is not None and cap < 1:

@@ -14,7 +14,7 @@ from jaxprune import masks as mask_trees
 from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation, exact
 from jaxprune.rounds._imp import remaining_magnitudes
-from jaxprune.rounds._loop import Rounds, kept, open_folder, plan_all
+from jaxprune.rounds._loop import Rounds, at_least, kept, open_folder, plan_all
 from jaxprune.structures import Structure, Unstructured
 
 
@@ -84,10 +84,8 @@ def sparse_model_soups(
       Zimmer et al., Sparse Model Soups: A Recipe for Improved Pruning via Model
       Averaging, arXiv 2306.16788, Algorithm 1.
     """
-    if replicas < 1 or rounds < 1:
-        raise ValueError(
-            f"replicas, rounds: got {replicas}, {rounds}; expected at least 1 of each."
-        )
+    at_least("replicas", replicas, 1)
+    at_least("rounds", rounds, 1)
     _prune.refuse_mapping(allocation)
     chosen = _tree.select(params, where)
     plan_all(chosen, _goals(sparsity, rounds), structure, allocation)

@@ -1,6 +1,7 @@
 """Pruning over clients that keep their data: what they send, and how it is merged."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -53,8 +54,8 @@ def top_gradients(grads: PyTree, found: PyTree, k: int) -> PyTree:
       Huang et al., Distributed Pruning Towards Tiny Neural Networks in Federated
       Learning, arXiv 2212.01977, section on progressive pruning.
     """
-    if k < 1:
-        raise ValueError(f"k: got {k}; expected at least 1.")
+    if not isinstance(k, numbers.Integral) or k < 1:
+        raise ValueError(f"k: got {k!r}; expected a whole number of at least 1.")
 
     def choose(g: Array, mask: Any) -> TopGradients | None:
         if _tree.is_hole(mask):

@@ -313,6 +313,8 @@ def test_random_search_takes_the_best_of_what_it_drew():
     ("call", "message"),
     [
         (lambda t: jp.rounds.imp(t, params(), rounds=0), "rounds: got 0"),
+        (lambda t: jp.rounds.imp(t, params(), rounds=2.5), "rounds: got 2.5"),
+        (lambda t: jp.rounds.imp(t, params(), rounds=1, rewind=0.5), "rewind: got 0.5"),
         (lambda t: jp.rounds.imp(t, params(), rounds=1, rate=1.0), "rate: got 1.0"),
         (lambda t: jp.rounds.imp(t, params(), rounds=1, rewind=-1), "rewind: got -1"),
         (lambda t: jp.rounds.sap(t, params(), rounds=1, p=2.0), "p, q: got 2.0"),
@@ -348,6 +350,25 @@ def test_the_same_leaves_and_functions_go_on_in_the_same_folder(tmp_path):
         )  # fmt: skip
         assert found.masks["c"] is None
     assert len(runs) == 3
+
+    def partly(costs):
+        """A function of its own each time, as in another process."""
+
+        def filling(shapes, sparsity, *, costs):
+            return jp.allocation.water_filling(shapes, sparsity, costs=costs)
+
+        return functools.partial(filling, costs={"a": costs, "c": 1})
+
+    def go_on(costs):
+        jp.rounds.imp(
+            train, params, rounds=1, allocation=partly(costs), directory=tmp_path / "p"
+        )
+
+    go_on(2)
+    go_on(2)
+    assert len(runs) == 5
+    with pytest.raises(ValueError, match="allocation: .* was begun with"):
+        go_on(3)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,8 @@ def test_examples_may_be_weights():
     [
         (lambda: jp.training.top_gradients({"w": jnp.ones(2)}, {"w": jnp.ones(2, bool)}, 0),
          "k: got 0"),
+        (lambda: jp.training.top_gradients({"w": jnp.ones(2)}, {"w": jnp.ones(2, bool)}, 0.5),
+         "k: got 0.5"),
         (lambda: jp.training.merge_gradients([], {}), "sent: got nothing"),
         (lambda: jp.training.merge_moments([]), "sent: got nothing"),
         (lambda: jp.training.merge_gradients([{}], {}, weights=[1, 2]), "weights: got"),

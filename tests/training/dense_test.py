@@ -227,6 +227,8 @@ def test_tasks_name_what_they_cannot_protect():
     ("factory", "message"),
     [
         (lambda: jp.sr_ste(0.5, decay=-1), "decay: got -1"),
+        (lambda: jp.sr_ste(0.5, decay="small"), "decay: got 'small'"),
+        (lambda: jp.top_kast(0.5, backward=0.2, decay=None), "decay: got None"),
         (lambda: jp.mdgf(0.5, leak=0.5), "leak: got 0.5; expected a schedule"),
         (
             lambda: jp.mdgf(0.5, leak=jp.schedules.linear(0.0, begin=0, end=9)),
