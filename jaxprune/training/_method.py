@@ -152,8 +152,13 @@ def either(
     return chosen(test, weights, *fixed)
 
 
+def softly(w: Array, soft: Array) -> Array:
+    """`w` times a soft mask. What is not finite stays, and sends the mask no derivative."""
+    return jnp.where(jnp.isfinite(w), finite(w) * soft, w).astype(w.dtype)
+
+
 def finite(w: Array) -> Array:
-    """`w`, with 0 for what is not finite, where it is added to a gradient."""
+    """`w`, with 0 for what is not finite, where it would reach other weights."""
     return jnp.where(jnp.isfinite(w), w, 0)
 
 

@@ -27,6 +27,7 @@ from jaxprune.training._method import (
     either,
     packed_masks,
     replace_masks,
+    softly,
     start,
 )
 
@@ -149,8 +150,7 @@ class _View:
 
             def soft(w, mask, limit, tau):
                 del mask
-                m = _soft(self.structure, path, w, limit, tau)
-                return (w * m).astype(w.dtype)
+                return softly(w, _soft(self.structure, path, w, limit, tau))
 
             return either(own.hard, hard, soft, w, mask, next(limits), own.tau)
 
@@ -163,7 +163,7 @@ def _soft(structure: Structure, path: str, w: Array, limit: Array, tau) -> Array
     if isinstance(structure, NM):
         limit = structure.spread(path, limit, w)
         return jax.nn.sigmoid((_square(w) - limit) / tau)
-    units = structure.scored(path, _square, w)
+    units = structure.scored(path, _square, jnp.where(jnp.isnan(w), 0, w))
     soft = jax.nn.sigmoid((units.score(*units.operands) - limit) / tau)
     return structure.spread(path, soft, w)
 

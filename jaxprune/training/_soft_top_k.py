@@ -27,6 +27,7 @@ from jaxprune.training._method import (
     either,
     packed_masks,
     replace_masks,
+    softly,
     start,
     straight_through,
 )
@@ -237,7 +238,7 @@ def _weigh(
         structure.spread(p, jax.nn.sigmoid(beta * x + offset), w)
         for p, x, w in zip(paths, values, weights, strict=True)
     ]
-    return [(w * m).astype(w.dtype) for w, m in zip(weights, soft, strict=True)]
+    return [softly(w, m) for w, m in zip(weights, soft, strict=True)]
 
 
 @jax.custom_vjp

@@ -101,6 +101,20 @@ def test_the_derivative_may_be_taken_outside(method, place):
     np.testing.assert_allclose(found["kernel"], wanted["kernel"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("structure", [jp.Unstructured(), jp.Block(4, 4)], ids=repr)
+@pytest.mark.parametrize("name", ["pdp", "soft_top_k"])
+def test_a_weight_that_is_not_finite_spoils_itself_alone(name, structure, bad):
+    """Though soft masks of a block, or of a leaf, depend on one another."""
+    params = {"kernel": make().at[3, 5].set(bad)}
+    method = pdp if name == "pdp" else soft_top_k
+    params, state = state_after(method(structure=structure), 1, params)
+    seen = jp.sparse_params(params, state)
+    grads = jax.grad(_value)(params, state)
+    for x in (seen["kernel"], grads["kernel"]):
+        assert jnp.isfinite(x.at[3, 5].set(0)).all()
+
+
 def test_pdp_has_products_with_the_hessian():
     """In reverse mode, and in forward mode over reverse mode."""
     params, state = state_after(pdp(tau=1.0), 1)
