@@ -67,7 +67,8 @@ def task(found: PyTree, *, earlier: Sequence[PyTree] = ()) -> Method:
         _, leaves, treedef = _tree.flatten(params)
         names = _tree.flatten(params)[0]
         bools = {
-            p: (mine[p], _learns(mine[p], [m.get(p) for m in taken])) for p in paths
+            p: (jnp.copy(mine[p]), _learns(mine[p], [m.get(p) for m in taken]))
+            for p in paths
         }
         tree, own = (
             treedef.unflatten([bools[p][k] if p in bools else None for p in names])
@@ -97,6 +98,7 @@ def _by_path(found: PyTree) -> dict[str, Array]:
 
 def _learns(mask: Array, others: Sequence[Array | None]) -> Array:
     """What no earlier task uses; one without a mask uses everything."""
+    mask = jnp.copy(mask)  # a state may be donated
     for other in others:
         mask = mask & (False if other is None else ~other)
     return mask

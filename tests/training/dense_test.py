@@ -206,6 +206,17 @@ def test_a_later_task_leaves_earlier_ones_as_they_were():
             np.testing.assert_array_equal(again, answer)
 
 
+def test_masks_of_a_task_outlive_a_donated_state():
+    """Also where they are too small to be packed, and kept as they are."""
+    mask = {"scale": jnp.array(True)}
+    tx = jp.masked(optax.sgd(0.1), jp.training.task(mask), where="scale")
+    params = {"scale": jnp.float32(2.0)}
+    for _ in range(2):
+        state = tx.init(params)
+        jax.jit(lambda s: jax.tree.map(jnp.zeros_like, s), donate_argnums=0)(state)
+    assert mask["scale"]
+
+
 def test_tasks_name_what_they_cannot_protect():
     params = {"kernel": make(), "embedding": make(), "bias": jnp.ones(8)}
     ones = jax.tree.map(lambda x: jnp.ones_like(x, bool), params)
