@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from jaxprune import _select, _tree, _wide, analysis
+from jaxprune import masks as mask_trees
 from jaxprune._tree import PyTree
 from jaxprune.rounds._loop import Rounds, Train, run
 
@@ -83,7 +84,7 @@ def sap(
 
     def stays(w: Array, mask: Array) -> int:
         """How many of the weights that are left stay."""
-        left = int(jnp.sum(mask))
+        left = int(mask_trees.count_leaf(mask))
         index = float(analysis.pq_index(w, mask, p=p, q=q))
         if math.isnan(index):
             raise ValueError(

@@ -76,6 +76,8 @@ def merge_gradients(
 ) -> PyTree:
     """The average of what clients sent; gradients that a client did not send are 0.
 
+    Sums are in at least float32.
+
     Give it to the `update` of a method that grows, on the server, in place of gradients:
     with all gradients sent it is the centralised method.
 
@@ -85,7 +87,7 @@ def merge_gradients(
       weights: of the clients, such as their shares of the examples; equal by default.
 
     Returns:
-      A dense array for each leaf that was sent, `None` for the others.
+      A dense array for each leaf that any client sent, `None` for the others.
 
     Raises:
       ValueError: if there are no clients or as many weights as them.
@@ -101,12 +103,15 @@ def merge_gradients(
     shares = _shares(sent, weights)
 
     def merge(x: Array, *parts: TopGradients | None) -> Array | None:
-        if parts[0] is None:
+        there = [(s, p) for s, p in zip(shares, parts, strict=True) if p is not None]
+        if not there:
             return None
-        out = jnp.zeros(math.prod(x.shape), parts[0].values.dtype)
-        for share, part in zip(shares, parts, strict=True):
-            out = out.at[part.places].add(share * part.values, mode="drop")  # pyright: ignore
-        return out.reshape(x.shape)
+        dtype = there[0][1].values.dtype
+        out = jnp.zeros(math.prod(x.shape), jnp.promote_types(dtype, jnp.float32))
+        for share, part in there:
+            values = share * part.values.astype(out.dtype)
+            out = out.at[part.places].add(values, mode="drop")
+        return out.reshape(x.shape).astype(dtype)
 
     return _tree.map_leaves(merge, params, *sent)
 
