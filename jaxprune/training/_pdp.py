@@ -64,7 +64,8 @@ def pdp(
     halfway between the smallest magnitude kept and the largest pruned. Gradients pass
     through `m` as well, but not through `t`. The sparsity rises on a straight line from
     `begin` to `end`; at `harden` the masks become hard, and what is kept trains on. The
-    weights are dense behind the mask: the loss must see `jaxprune.sparse_params`.
+    weights are dense behind the mask: the loss must see `jaxprune.sparse_params`, whose
+    derivative is taken in reverse mode.
 
     Of blocks and channels the norm takes the place of the magnitude; with `NM` each group
     has a `t` of its own. No code of the authors is public. In the paper the share of each

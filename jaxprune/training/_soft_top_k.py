@@ -69,7 +69,7 @@ def soft_top_k(
     straight line from 1 at `begin` to its final value at `harden`, the sparsity from 0 at
     `begin` to its own at `end`. At `harden` the weights take up the soft masks, the masks
     stand still, and what is kept trains on. The weights are dense behind the mask: the
-    loss must see `jaxprune.sparse_params`.
+    loss must see `jaxprune.sparse_params`, whose derivative is taken in reverse mode.
 
     While masks are soft, what is kept shrinks too: weights small against `1 / beta` to
     about the density of their size. Of blocks and channels the mean magnitude takes the
