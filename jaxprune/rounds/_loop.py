@@ -2,7 +2,7 @@
 
 import functools
 import json
-import numbers
+import operator
 import os
 import pathlib
 import zlib
@@ -179,16 +179,22 @@ def open_folder(
 def _spelled(x: Any) -> str:
     """The same in every process: functions by their names, not their addresses."""
     if isinstance(x, functools.partial):
-        return f"{_spelled(x.func)}{x.args}{x.keywords}"
+        given = [
+            *map(_spelled, x.args),
+            *((k, _spelled(v)) for k, v in x.keywords.items()),
+        ]
+        return f"{_spelled(x.func)}{given}"
     return getattr(x, "__qualname__", None) or repr(x)
 
 
 def at_least(name: str, value: Any, least: int) -> None:
     """Raises `ValueError` unless `value` is a whole number, and large enough."""
-    if not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(
-            f"{name}: got {value!r}; expected a whole number of at least {least}."
-        )
+    _prune.require(
+        name,
+        value,
+        lambda x: operator.index(x) >= least,
+        f"a whole number of at least {least}",
+    )
 
 
 def kept(folder: pathlib.Path | None, name: str, like: PyTree, make) -> PyTree:
@@ -201,6 +207,12 @@ def kept(folder: pathlib.Path | None, name: str, like: PyTree, make) -> PyTree:
     made = make()
     checkpoint.save(path, made)
     return made
+
+
+def check_key(key: Any) -> None:
+    """Raises `TypeError` unless `key` is one."""
+    if not jnp.issubdtype(getattr(key, "dtype", jnp.int32), jax.dtypes.prng_key):
+        raise TypeError(f"key: got {key!r}; expected one made by jax.random.key(0).")
 
 
 def _copy(params: PyTree) -> PyTree:

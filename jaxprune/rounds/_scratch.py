@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+from jaxprune import _prune
 from jaxprune import masks as mask_trees
 from jaxprune._tree import PyTree
 from jaxprune.rounds._loop import at_least
@@ -67,8 +68,9 @@ def scratch(
     at_least("steps", steps, 1)
     if budget not in ("epochs", "flops"):
         raise ValueError(f"budget: got {budget!r}; expected 'epochs' or 'flops'.")
-    if cap is not None and cap < 1:
-        raise ValueError(f"cap: got {cap}; expected a multiple of at least 1, or None.")
+    _prune.require(
+        "cap", cap, lambda x: x is None or x >= 1, "a multiple of at least 1, or None"
+    )
     if budget == "flops":
         kept, total = mask_trees.count(masks)
         dense, sparse = (total, kept) if flops is None else flops

@@ -97,7 +97,7 @@ def chts(
         raise ValueError(
             f"removal: got {removal!r}; expected 'magnitude' or 'relative'."
         )
-    _target.require(
+    _prune.require(
         "temperature",
         temperature,
         lambda x: len(x) == 2 and all(0 < t < math.inf for t in x),

@@ -143,9 +143,9 @@ def _shares(clients: Sequence[Any], weights: Sequence[float] | None) -> list[flo
     if not clients:
         raise ValueError("sent: got nothing; expected what one client or more sent.")
     weights = [1.0] * len(clients) if weights is None else list(weights)
-    if len(weights) != len(clients) or not sum(weights) > 0:
+    if len(weights) != len(clients) or min(weights) < 0 or not sum(weights) > 0:
         raise ValueError(
             f"weights: got {weights}; expected one for each of {len(clients)} clients, "
-            "with a sum above 0."
+            "none below 0, with a sum above 0."
         )
     return [w / sum(weights) for w in weights]

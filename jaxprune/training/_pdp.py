@@ -94,7 +94,7 @@ def pdp(
       Cho et al., PDP: Parameter-free Differentiable Pruning is All You Need,
       arXiv 2305.11203, section 3.
     """
-    _target.require(
+    _prune.require(
         "tau", tau, lambda x: 0 < x < math.inf, "a temperature above 0, such as 1e-4"
     )
     target = _target.rising(

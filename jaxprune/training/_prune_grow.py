@@ -23,7 +23,7 @@ from jaxprune.training._method import (
     replace_each,
     start,
 )
-from jaxprune.training._target import Target, require
+from jaxprune.training._target import Target
 
 # Scores of growth end here: those of a whole leaf still add up in float32.
 _MOST = 1e19
@@ -127,7 +127,7 @@ def check_drop(drop: float) -> None:
     wanted = (
         "the share of active weights that an update exchanges, in [0, 1]; 0.3 is usual"
     )
-    require("drop", drop, lambda x: 0 <= x <= 1, wanted)
+    _prune.require("drop", drop, lambda x: 0 <= x <= 1, wanted)
 
 
 class KeyCarrier:

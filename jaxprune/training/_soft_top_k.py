@@ -100,7 +100,7 @@ def soft_top_k(
       Tai, Tian & Lim, Spartan: Differentiable Sparsity via Regularized Transportation,
       arXiv 2205.14107, section 3.
     """
-    _target.require(
+    _prune.require(
         "beta", beta, lambda x: 0 < x < math.inf, "a sharpness above 0, such as 20"
     )
     if isinstance(structure, NM):

@@ -89,7 +89,7 @@ def sr_ste(
       Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From
       Scratch, arXiv 2102.04010, section 3.2.
     """
-    _target.require(
+    _prune.require(
         "decay", decay, lambda x: 0 <= x < math.inf, "at least 0, such as 2e-4"
     )
     target = _target.fixed(sparsity, structure, allocation, every=every)

@@ -219,16 +219,6 @@ def whole_step(name: str, step: object) -> None:
         )
 
 
-def require(name: str, value: Any, test: Callable[[Any], Any], wanted: str) -> None:
-    """Raises `ValueError` unless `value` passes `test`, or is nothing to be tested."""
-    try:
-        passes = bool(test(value))
-    except (TypeError, ValueError):
-        passes = False
-    if not passes:
-        raise ValueError(f"{name}: got {value!r}; expected {wanted}.")
-
-
 def scaffold(params: PyTree, found: Sequence[Array]) -> PyTree:
     """Arrays of the leaves in order, as a tree."""
     leaves = iter(found)

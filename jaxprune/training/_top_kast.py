@@ -86,7 +86,7 @@ def top_kast(
         _target.whole_step("until", until)
     if until is not None and until < 0:
         raise ValueError(f"until: got {until}; expected a step, or None.")
-    _target.require(
+    _prune.require(
         "decay", decay, lambda x: 0 <= x < math.inf, "at least 0, such as 1e-4"
     )
     forward = _target.fixed(sparsity, structure, allocation, end=until, every=every)

@@ -99,6 +99,8 @@ def test_examples_may_be_weights():
         (lambda: jp.training.merge_gradients([], {}), "sent: got nothing"),
         (lambda: jp.training.merge_moments([]), "sent: got nothing"),
         (lambda: jp.training.merge_gradients([{}], {}, weights=[1, 2]), "weights: got"),
+        (lambda: jp.training.merge_gradients([{}] * 2, {}, weights=[-1, 2]),
+         "none below 0"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(call, message):

@@ -223,6 +223,11 @@ def test_tasks_name_what_they_cannot_protect():
     only = ones | {"embedding": None, "bias": None}
     with pytest.raises(ValueError, match="a task has a mask for embedding"):
         jp.masked(optax.sgd(0.1), jp.training.task(ones | {"bias": None})).init(params)
+    with pytest.raises(TypeError, match="earlier: got a dict; expected a sequence"):
+        jp.training.task(only, earlier=only)
+    nothing = jp.training.task(dict.fromkeys(params))
+    with pytest.raises(ValueError, match="found: every leaf is None"):
+        jp.masked(optax.sgd(0.1), nothing).init(params)
     with pytest.raises(ValueError, match="a task has a mask for embedding"):
         jp.masked(
             optax.sgd(0.1),

@@ -360,6 +360,10 @@ def test_bad_options_are_refused(factory, message):
     [
         (lambda: jp.pdp(0.5, end=2, harden=3.5), "harden: got 3.5"),
         (lambda: jp.soft_top_k(0.5, end=2, harden=None), "harden: got None"),
+        (lambda: jp.iss_p(0.5, end=None), "end: got None"),
+        (lambda: jp.mask_sparsity(0.5, begin=1, end=None), "end: got None"),
+        (lambda: jp.acdc(0.5, begin=1, end=None, every=2), "end: got None"),
+        (lambda: jp.rigl(0.5, key=jax.random.key(0), end=None), "end: got None"),
         (lambda: jp.static(0.5, until=2.5), "until: got 2.5"),
         (lambda: jp.top_kast(0.5, backward=0.4, until=2.5), "until: got 2.5"),
     ],
