@@ -290,6 +290,16 @@ def refuse_mapping(allocation: Allocation) -> None:
         )
 
 
+def require(name: str, value: Any, test: Callable[[Any], Any], wanted: str) -> None:
+    """Raises `ValueError` unless `value` passes `test`, or is nothing to be tested."""
+    try:
+        passes = bool(test(value))
+    except (TypeError, ValueError):
+        passes = False
+    if not passes:
+        raise ValueError(f"{name}: got {value!r}; expected {wanted}.")
+
+
 def _program(plan: Plan, score: Score, shardings: tuple) -> Callable:
     """`decide` under jit, with the masks where the weights lie."""
     arguments = dataclasses.replace(plan, kept=()), score, shardings

@@ -16,7 +16,7 @@ import numpy as np
 from jax import core, lax
 from jaxtyping import Array, Bool, Float, UInt, UInt32
 
-from jaxprune import _wide
+from jaxprune import _bits, _wide
 from jaxprune._wide import Wide
 
 _FIELD = 10  # bits of one of the three counters that share a 32-bit word
@@ -66,7 +66,7 @@ def cuts(
         last leaf loses its ties first.
     """
     shapes = [jax.eval_shape(leaf.score, *leaf.operands) for leaf in leaves]
-    dtype = _compare_dtype([s.dtype for s in shapes])
+    dtype = _bits.compare_dtype([s.dtype for s in shapes])
     sizes = [math.prod(s.shape) for s in shapes]
     group = np.asarray(groups)
     members = group == np.arange(len(kept))[:, None]  # [groups, leaves]
@@ -81,9 +81,9 @@ def cuts(
         ]
 
     def count(thresholds: Array) -> Wide:
-        return _count_from(at(thresholds), _unordered(thresholds, dtype)[group])
+        return _count_from(at(thresholds), _bits.unordered(thresholds, dtype)[group])
 
-    bottom, top = (jnp.full(len(kept), bits) for bits in _bounds(dtype))
+    bottom, top = (jnp.full(len(kept), bits) for bits in _bits.bounds(dtype))
     everything, nothing = _wide.from_ints(sizes), _wide.from_ints([0] * len(sizes))
     start = _Range(bottom, top, everything, nothing)
     probes = _bracket(at, dtype, sizes, group, members, targets, start)
@@ -101,7 +101,7 @@ def cuts(
 
 def keep(scores: Array, cut: Cut) -> Bool[Array, "..."]:
     """The mask of one leaf: True for the elements that `cut` keeps."""
-    scores = scores.astype(_dtype_of(cut.threshold, scores.dtype))
+    scores = scores.astype(_bits.dtype_of(cut.threshold, scores.dtype))
     above, ties = _above_and_ties(scores, cut.threshold)
     return above | (ties & _before(*_positions(scores.shape), cut.row, cut.column))
 
@@ -112,8 +112,8 @@ def keep_stored(scores: Array, cut: Cut) -> Bool[Array, "..."]:
     Behind a branch: otherwise XLA would draw the mask, and whatever the scores are
     computed from, again for each of those weights.
     """
-    scores = scores.astype(_dtype_of(cut.threshold, scores.dtype))
-    nothing = cut.threshold == _bounds(scores.dtype)[1]
+    scores = scores.astype(_bits.dtype_of(cut.threshold, scores.dtype))
+    nothing = cut.threshold == _bits.bounds(scores.dtype)[1]
     return lax.cond(nothing, lambda x, _: x < x, keep, scores, cut)
 
 
@@ -123,8 +123,8 @@ def threshold_value(cut: Cut) -> Float[Array, ""]:
     It is the smallest score kept where ties had to be cut, and lies between that and
     the largest other score elsewhere; 0 where everything is kept, or nothing.
     """
-    dtype = _dtype_of(cut.threshold, jnp.bfloat16)
-    value = _unordered(cut.threshold, dtype).astype(jnp.float32)
+    dtype = _bits.dtype_of(cut.threshold, jnp.bfloat16)
+    value = _bits.unordered(cut.threshold, dtype).astype(jnp.float32)
     return jnp.where(jnp.isfinite(value), value, 0)
 
 
@@ -139,8 +139,8 @@ def reduced(leaf: Scored, combine: Callable[..., Array], initial: float) -> Arra
 
     Stores nothing of their size, which XLA's CPU backend does wherever it reduces.
     """
-    totals = ((jnp.maximum, jnp.max), (jnp.minimum, jnp.min), (jnp.add, jnp.sum))
-    total = next(whole for pair, whole in totals if pair is combine)
+    totals: Any = {jnp.maximum: jnp.max, jnp.minimum: jnp.min, jnp.add: jnp.sum}
+    total = totals[combine]
 
     def plainly(*operands):
         return total(leaf.score(*operands), initial=initial)
@@ -156,13 +156,6 @@ def reduced(leaf: Scored, combine: Callable[..., Array], initial: float) -> Arra
         return total(_fold(score, combine, initial, operands, axis), initial=initial)
 
     return lax.platform_dependent(*leaf.operands, cpu=by_folds, default=plainly)
-
-
-def ordered(x: Float[Array, "..."]) -> UInt[Array, "..."]:
-    """Unsigned integers in the order of `x`, NaN before everything and -0.0 as 0.0."""
-    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), _unsigned(x.dtype))
-    sign = _sign(bits.dtype)
-    return jnp.where(x != x, 0, jnp.where(bits & sign != 0, ~bits, bits | sign))
 
 
 def fold_axis(x: Array) -> int | None:
@@ -309,7 +302,7 @@ def _bracket(at, dtype, sizes, group, members, targets, start) -> Array | None:
 
     def count(thresholds):
         samples = [_sample(x)[0] for x in at(thresholds)]
-        counts = _count_from(samples, _unordered(thresholds, dtype)[group])
+        counts = _count_from(samples, _bits.unordered(thresholds, dtype)[group])
         return _wide.shift_left(counts, shifts)
 
     lower, upper = lax.map(
@@ -317,8 +310,8 @@ def _bracket(at, dtype, sizes, group, members, targets, start) -> Array | None:
     )
     # Right behind the lower one: it may be a score that many share, above all 0, whose
     # next is the smallest normal number where others are taken for 0.
-    tiny = ordered(jnp.asarray(jnp.finfo(dtype).tiny, dtype))
-    second = jnp.where(lower == ordered(jnp.zeros((), dtype)), tiny, lower + 1)
+    tiny = _bits.ordered(jnp.asarray(jnp.finfo(dtype).tiny, dtype))
+    second = jnp.where(lower == _bits.ordered(jnp.zeros((), dtype)), tiny, lower + 1)
     upper = upper + (upper < start.end)
     return jnp.stack([lower, second, upper], axis=-1)
 
@@ -489,56 +482,20 @@ def _before(row: Array, column: Array, end_row: Array, end_column: Array) -> Arr
     return (row < end_row) | ((row == end_row) & (column < end_column))
 
 
-# Ordered bits: unsigned integers that rise with the float. The lowest that is used is
-# below the bits of -inf and stands for NaN, the highest lies above those of +inf.
-
-
-def _compare_dtype(dtypes: Sequence[jax.typing.DTypeLike]) -> jnp.dtype:
-    dtype = jnp.result_type(*dtypes)
-    return dtype if jnp.finfo(dtype).bits >= 16 else jnp.dtype(jnp.bfloat16)
-
-
-def _dtype_of(bits: Array, half: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
-    """The float that `bits` orders; of two bytes there are two, `half` says which."""
-    width = jnp.iinfo(bits.dtype).bits
-    if width == 16:
-        return half if jnp.finfo(half).bits == 16 else jnp.bfloat16
-    return jnp.float32 if width == 32 else jnp.float64
-
-
-def _bounds(dtype) -> tuple[np.unsignedinteger, np.unsignedinteger]:
-    unsigned = _unsigned(dtype)
-    infinity = np.asarray(np.inf, dtype).view(unsigned)[()] | _sign(unsigned)
-    return ~infinity - unsigned.type(1), infinity + unsigned.type(1)
-
-
-def _unordered(bits: Array, dtype) -> Array:
-    sign = _sign(bits.dtype)
-    return lax.bitcast_convert_type(
-        jnp.where(bits & sign != 0, bits & ~sign, ~bits), dtype
-    )
-
-
 def _value(bits: Array, dtype) -> Array:
     if dtype is None:
         return bits.astype(jnp.float32)
-    return _unordered(bits, dtype).astype(jnp.promote_types(dtype, jnp.float32))
+    return _bits.unordered(bits, dtype).astype(jnp.promote_types(dtype, jnp.float32))
 
 
 def _place(value: Array, dtype) -> Array:
-    return value.astype(jnp.uint32) if dtype is None else ordered(value.astype(dtype))
-
-
-def _unsigned(dtype) -> np.dtype:
-    return np.dtype(f"uint{jnp.finfo(dtype).bits}")
-
-
-def _sign(unsigned: np.dtype) -> np.unsignedinteger:
-    return unsigned.type(1 << (8 * unsigned.itemsize - 1))
+    if dtype is None:
+        return value.astype(jnp.uint32)
+    return _bits.ordered(value.astype(dtype))
 
 
 def _above_and_ties(scores: Array, threshold: Array) -> tuple[Array, Array]:
-    above = scores >= _unordered(threshold + 1, scores.dtype)
-    everything = threshold == _bounds(scores.dtype)[0]
-    enough = (scores >= _unordered(threshold, scores.dtype)) | everything
+    above = scores >= _bits.unordered(threshold + 1, scores.dtype)
+    everything = threshold == _bits.bounds(scores.dtype)[0]
+    enough = (scores >= _bits.unordered(threshold, scores.dtype)) | everything
     return above, enough & ~above

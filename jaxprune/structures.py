@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jaxprune import _select, _tree
+from jaxprune import _bits, _select, _tree
 
 Axis: TypeAlias = int | tuple[int, ...]
 Axes: TypeAlias = Axis | Mapping[str, Axis]
@@ -162,7 +162,7 @@ class NM:
             score(*(lax.index_in_dim(x, j, axis + 1, False) for x, _, _ in views))
             for j in range(self.m)
         ]
-        ranks = _ranks([_select.ordered(x) for x in members])
+        ranks = _ranks([_bits.ordered(x) for x in members])
         lost = [
             jnp.where(rank < self.n, 0, _upcast(x))
             for rank, x in zip(ranks, members, strict=True)
@@ -231,7 +231,7 @@ class NM:
     def _keeps(self, grouped: Array, axis: int) -> Bool[Array, "..."]:
         # The rank of a weight is the number of others that beat it: ties go to the
         # lower index and NaN loses. Elementwise, so that it fuses; no sort.
-        x = _select.ordered(grouped)
+        x = _bits.ordered(grouped)
         place = lax.broadcasted_iota(jnp.int32, x.shape, axis + 1)
         rank = jnp.zeros_like(x, jnp.uint8 if self.m < 256 else jnp.int32)
         for j in range(self.m):

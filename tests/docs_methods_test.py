@@ -59,6 +59,36 @@ def test_papers_are_those_of_the_docstring(name):
     assert all(number in doc for number in cited), name
 
 
+def _in_text(before, after):
+    """The methods that the page names between two phrases."""
+    (text,) = re.findall(f"{before}(.*?){after}", " ".join(PAGE.split()))
+    return set(re.findall(r"`(\w+)`", text))
+
+
+def _with_default(argument, value):
+    functions = [*_methods(), jp.prune_in_rounds]
+    defaults = {f.__name__: inspect.signature(f).parameters for f in functions}
+    return {
+        name for name, known in defaults.items()
+        if argument in known and known[argument].default == value
+    }  # fmt: skip
+
+
+def test_defaults_are_those_of_the_functions():
+    assert _in_text("divided by ERK in", ", globally in") == _with_default(
+        "allocation", "erk"
+    )
+    assert _in_text(", globally in", "and uniformly elsewhere") == _with_default(
+        "allocation", "global"
+    )
+    assert _in_text("every 100 steps in", ", every 10 in") == _with_default(
+        "every", 100
+    )
+    assert _in_text(", every 10 in", "and at each step elsewhere") == _with_default(
+        "every", 10
+    )
+
+
 @pytest.mark.parametrize("name", [n for n in ROWS if "no N:M" in ROWS[n][1]])
 def test_what_takes_no_nm_refuses_it(name):
     steps = {"end": 5, "harden": 5, "backward": 0.5}

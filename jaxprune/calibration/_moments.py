@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 
 from jaxprune.calibration._inputs import Inputs
 
+_STRIP = 512  # rows of a Gram matrix that are computed at once
+
 STATISTICS = ("square", "mean", "variance", "gram")
 
 
@@ -76,10 +78,7 @@ def moments(
     wide = rows.astype(jnp.float32)
     found: dict[str, Array] = {}
     if "gram" in statistics:
-        gram = lax.dot_general(
-            weighted, rows.astype(weighted.dtype), (((1,), (1,)), ((0,), (0,))),
-            precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        gram = _products(weighted, rows.astype(weighted.dtype))
         found["gram"] = gram * scale[:, None, None]
     if "square" in statistics:
         square = jnp.sum(jnp.square(wide) * weights[..., None], axis=1)
@@ -91,6 +90,23 @@ def moments(
             apart = jnp.square(wide - mean[:, None, :]) * weights[..., None]
             found["variance"] = jnp.sum(apart, axis=1) * scale[:, None]
     return Inputs(count, **found)
+
+
+def _products(
+    x: Float[Array, "batch rows K"], y: Float[Array, "batch rows K"]
+) -> Float[Array, "batch K K"]:
+    """Sums of x_i y_j over rows, which are those of x_j y_i: so half of them are copied."""
+    k = x.shape[2]
+    strips = []
+    for start in range(0, k, _STRIP):
+        stop = min(start + _STRIP, k)
+        right = lax.dot_general(
+            x[..., start:stop], y[..., start:], (((1,), (1,)), ((0,), (0,))),
+            precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        above = [s[..., start:stop].mT for s in strips]
+        strips.append(jnp.concatenate([*above, right], axis=2))
+    return jnp.concatenate(strips, axis=1)
 
 
 def nbytes(stack: Sequence[int], k: int, statistics: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, UInt32
 
-from jaxprune import _select, _wide, allocation
+from jaxprune import _bits, _select, _wide, allocation
 from jaxprune._wide import Wide
 from jaxprune.structures import NM, Block, Structure, Unstructured
 
@@ -106,7 +106,7 @@ def _best_by_column(
     Bisection on ordered bits. Columns do not meet, so that on a mesh that shards them
     nothing is exchanged.
     """
-    bits = _select.ordered(scores)
+    bits = _bits.ordered(scores)
 
     def narrow(i, found):
         # The highest threshold that at least `kept` scores reach, bit by bit.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxprune import _prune, _tree
 from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation, exact
-from jaxprune.rounds._loop import Rounds, Train, plan_all, run
+from jaxprune.rounds._loop import Rounds, Train, at_least, plan_all, run
 from jaxprune.structures import Structure, Unstructured
 
 
@@ -66,6 +66,7 @@ def imp(
       section 3.
     """
     left = 1 - exact(rate, "rate")
+    at_least("rounds", rounds, 1)
     _prune.refuse_mapping(allocation)
     goals = [1 - left**i for i in range(1, rounds + 1)]
     plan_all(_tree.select(params, where), goals, structure, allocation)

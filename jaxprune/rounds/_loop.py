@@ -1,5 +1,6 @@
 """Train, prune, rewind, and again: the loop that all methods in rounds share."""
 
+import operator
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -74,10 +75,9 @@ def run(
       directory: where each round is saved, and found again after a stop.
       settings: further arguments that must be the same then.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds: got {rounds}; expected at least 1.")
-    if rewind is not None and rewind < 0:
-        raise ValueError(f"rewind: got {rewind}; expected a step, or None.")
+    at_least("rounds", rounds, 1)
+    if rewind is not None:
+        at_least("rewind", rewind, 0)
     chosen = _tree.select(params, where)
     settings = dict(settings) | {"rewind": rewind}
     folder = open_folder(directory, params, chosen, settings)
@@ -153,6 +153,16 @@ def open_folder(
     return _folder.open_folder(directory, settings, {"params": params})
 
 
+def at_least(name: str, value: Any, least: int) -> None:
+    """Raises `ValueError` unless `value` is a whole number, and large enough."""
+    _prune.require(
+        name,
+        value,
+        lambda x: operator.index(x) >= least,
+        f"a whole number of at least {least}",
+    )
+
+
 def kept(folder: pathlib.Path | None, name: str, like: PyTree, make) -> PyTree:
     """What `make` gives, or what it gave before the process was stopped."""
     if folder is None:
@@ -163,6 +173,12 @@ def kept(folder: pathlib.Path | None, name: str, like: PyTree, make) -> PyTree:
     made = make()
     checkpoint.save(path, made)
     return made
+
+
+def check_key(key: Any) -> None:
+    """Raises `TypeError` unless `key` is one."""
+    if not jnp.issubdtype(getattr(key, "dtype", jnp.int32), jax.dtypes.prng_key):
+        raise TypeError(f"key: got {key!r}; expected one made by jax.random.key(0).")
 
 
 def _copy(params: PyTree) -> PyTree:

@@ -12,6 +12,7 @@ from jaxprune import _prune, _tree, scores
 from jaxprune import masks as mask_trees
 from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation
+from jaxprune.rounds._loop import at_least, check_key
 from jaxprune.structures import Channel, Structure
 
 
@@ -63,7 +64,8 @@ def random_search(
       The masked parameters, the masks and all losses.
 
     Raises:
-      ValueError: if a value is out of range, or no loss is finite.
+      ValueError: if a value is out of range, or no loss is a finite number.
+      TypeError: if `key` is no key.
 
     Example:
       >>> params = {"kernel": jnp.array([[3.0, -1.0], [0.5, 2.0]])}
@@ -77,8 +79,8 @@ def random_search(
       Farahani, Random Search as a Baseline for Sparse Neural Network Architecture
       Search, arXiv 2403.08265.
     """
-    if trials < 1:
-        raise ValueError(f"trials: got {trials}; expected at least 1.")
+    at_least("trials", trials, 1)
+    check_key(key)
 
     def draw(key: Key[Array, ""]) -> PyTree:
         return _prune.prune(
@@ -91,6 +93,11 @@ def random_search(
 
     keys = jax.random.split(key, trials)
     losses = jax.jit(lambda keys: jax.lax.map(lose, keys))(keys)
+    if losses.ndim != 1:
+        raise ValueError(
+            f"loss: gives an array of shape {losses.shape[1:]}; expected one number. Take "
+            "the mean of it."
+        )
     if not jnp.isfinite(losses).any():
         raise ValueError(
             "loss: gives NaN or infinity for every mask that was drawn. Check the loss of "

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from jaxprune import _select, _tree, _wide, analysis
+from jaxprune import _prune, _select, _tree, _wide, analysis
+from jaxprune import masks as mask_trees
 from jaxprune._tree import PyTree
 from jaxprune.rounds._loop import Rounds, Train, run
 
@@ -69,13 +70,12 @@ def sap(
       Diao et al., Pruning Deep Neural Networks from a Sparsity Perspective,
       arXiv 2302.05601, Eq. (2), Theorem 2 and Algorithm 1.
     """
-    if not 0 < p < q:
-        raise ValueError(f"p, q: got {p}, {q}; expected 0 < p < q, such as 0.5 and 1.")
-    if not (eta >= 0 and gamma > 0 and 0 < beta < 1):
-        raise ValueError(
-            f"eta, gamma, beta: got {eta}, {gamma}, {beta}; expected eta >= 0, gamma > 0 "
-            "and 0 < beta < 1."
-        )
+    _prune.require(
+        "p, q", (p, q), lambda x: 0 < x[0] < x[1], "0 < p < q, such as 0.5 and 1"
+    )
+    _prune.require("eta", eta, lambda x: 0 <= x < math.inf, "at least 0")
+    _prune.require("gamma", gamma, lambda x: 0 < x < math.inf, "a scale above 0")
+    _prune.require("beta", beta, lambda x: 0 < x < 1, "a share in (0, 1), such as 0.9")
     if scope not in ("global", "leaf", "neuron"):
         raise ValueError(
             f"scope: got {scope!r}; expected 'global', 'leaf' or 'neuron'."
@@ -83,7 +83,7 @@ def sap(
 
     def stays(w: Array, mask: Array) -> int:
         """How many of the weights that are left stay."""
-        left = int(jnp.sum(mask))
+        left = int(mask_trees.count_leaf(mask))
         index = float(analysis.pq_index(w, mask, p=p, q=q))
         if math.isnan(index):
             raise ValueError(

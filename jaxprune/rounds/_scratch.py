@@ -4,8 +4,10 @@ import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+from jaxprune import _prune
 from jaxprune import masks as mask_trees
 from jaxprune._tree import PyTree
+from jaxprune.rounds._loop import at_least
 
 
 class Scratch(NamedTuple):
@@ -63,12 +65,12 @@ def scratch(
     References:
       Liu et al., Rethinking the Value of Network Pruning, arXiv 1810.05270, section 3.
     """
-    if steps < 1:
-        raise ValueError(f"steps: got {steps}; expected at least 1.")
+    at_least("steps", steps, 1)
     if budget not in ("epochs", "flops"):
         raise ValueError(f"budget: got {budget!r}; expected 'epochs' or 'flops'.")
-    if cap is not None and cap < 1:
-        raise ValueError(f"cap: got {cap}; expected a multiple of at least 1, or None.")
+    _prune.require(
+        "cap", cap, lambda x: x is None or x >= 1, "a multiple of at least 1, or None"
+    )
     if budget == "flops":
         kept, total = mask_trees.count(masks)
         dense, sparse = (total, kept) if flops is None else flops

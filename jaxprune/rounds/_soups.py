@@ -14,7 +14,14 @@ from jaxprune import masks as mask_trees
 from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation, exact
 from jaxprune.rounds._imp import remaining_magnitudes
-from jaxprune.rounds._loop import Rounds, kept, open_folder, plan_all
+from jaxprune.rounds._loop import (
+    Rounds,
+    at_least,
+    check_key,
+    kept,
+    open_folder,
+    plan_all,
+)
 from jaxprune.structures import Structure, Unstructured
 
 
@@ -70,6 +77,7 @@ def sparse_model_soups(
 
     Raises:
       ValueError: if a value is out of range.
+      TypeError: if `key` is no key.
 
     Example:
       >>> def train(params, masks, key):
@@ -84,10 +92,9 @@ def sparse_model_soups(
       Zimmer et al., Sparse Model Soups: A Recipe for Improved Pruning via Model
       Averaging, arXiv 2306.16788, Algorithm 1.
     """
-    if replicas < 1 or rounds < 1:
-        raise ValueError(
-            f"replicas, rounds: got {replicas}, {rounds}; expected at least 1 of each."
-        )
+    check_key(key)
+    at_least("replicas", replicas, 1)
+    at_least("rounds", rounds, 1)
     _prune.refuse_mapping(allocation)
     chosen = _tree.select(params, where)
     plan_all(chosen, _goals(sparsity, rounds), structure, allocation)

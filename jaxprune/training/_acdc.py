@@ -59,6 +59,7 @@ def acdc(
       Peste et al., AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural
       Networks, arXiv 2106.12379, Algorithm 1; the phases of the authors' configurations.
     """
+    _target.whole_step("end", end)
     target = _target.fixed(
         sparsity, structure, allocation, begin=begin, end=end, every=every
     )

@@ -1,11 +1,11 @@
 """Cannistraci-Hebb training with a soft rule: CHTs and CHTss (arXiv 2501.19107)."""
 
+import math
 from fractions import Fraction
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
@@ -97,12 +97,15 @@ def chts(
         raise ValueError(
             f"removal: got {removal!r}; expected 'magnitude' or 'relative'."
         )
-    if np.shape(temperature) != (2,) or not all(t > 0 for t in temperature):
-        raise ValueError(
-            f"temperature: got {temperature}; expected two numbers above 0, as (1, 9)."
-        )
+    _prune.require(
+        "temperature",
+        temperature,
+        lambda x: len(x) == 2 and all(0 < t < math.inf for t in x),
+        "two numbers above 0, such as (1, 9)",
+    )
     exchanged = schedules.cosine(0.0, begin, end, every, drop)
     last = end if settle is None else settle
+    _target.whole_step("settle", last)
     if settle is not None and initial is None:
         raise ValueError(
             f"settle: got {settle} without initial=; the sparsity is constant then. Give "
@@ -231,13 +234,18 @@ def _growth(mask: Bool[Array, "..."], noise: Array) -> Array:
 
 
 def _importance(removal: str, w: Array, mask: Bool[Array, "..."]) -> Array:
-    return jnp.abs(w) if removal == "magnitude" else _relative(w, mask)
+    return _magnitude(w) if removal == "magnitude" else _relative(w, mask)
 
 
 def _relative(w: Array, mask: Bool[Array, "..."]) -> Array:
-    sizes = jnp.where(mask, jnp.abs(w), 0)
+    # A weight that is not finite spoils no sums but its own chance.
+    sizes = jnp.where(mask & jnp.isfinite(w), _magnitude(w), 0)
     rows, columns = (jnp.sum(sizes, a, keepdims=True) + 1e-5 for a in (-1, -2))
     return sizes / rows + sizes / columns
+
+
+def _magnitude(w: Array) -> Array:
+    return jnp.abs(w).astype(jnp.promote_types(w.dtype, jnp.float32))
 
 
 def _gumbel(key: Key[Array, ""], w: Array) -> Array:

@@ -1,6 +1,7 @@
 """Pruning over clients that keep their data: what they send, and how it is merged."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -53,8 +54,8 @@ def top_gradients(grads: PyTree, found: PyTree, k: int) -> PyTree:
       Huang et al., Distributed Pruning Towards Tiny Neural Networks in Federated
       Learning, arXiv 2212.01977, section on progressive pruning.
     """
-    if k < 1:
-        raise ValueError(f"k: got {k}; expected at least 1.")
+    if not isinstance(k, numbers.Integral) or k < 1:
+        raise ValueError(f"k: got {k!r}; expected a whole number of at least 1.")
 
     def choose(g: Array, mask: Any) -> TopGradients | None:
         if _tree.is_hole(mask):
@@ -75,6 +76,8 @@ def merge_gradients(
 ) -> PyTree:
     """The average of what clients sent; gradients that a client did not send are 0.
 
+    Sums are in at least float32.
+
     Give it to the `update` of a method that grows, on the server, in place of gradients:
     with all gradients sent it is the centralised method.
 
@@ -84,7 +87,7 @@ def merge_gradients(
       weights: of the clients, such as their shares of the examples; equal by default.
 
     Returns:
-      A dense array for each leaf that was sent, `None` for the others.
+      A dense array for each leaf that any client sent, `None` for the others.
 
     Raises:
       ValueError: if there are no clients or as many weights as them.
@@ -100,12 +103,15 @@ def merge_gradients(
     shares = _shares(sent, weights)
 
     def merge(x: Array, *parts: TopGradients | None) -> Array | None:
-        if parts[0] is None:
+        there = [(s, p) for s, p in zip(shares, parts, strict=True) if p is not None]
+        if not there:
             return None
-        out = jnp.zeros(math.prod(x.shape), parts[0].values.dtype)
-        for share, part in zip(shares, parts, strict=True):
-            out = out.at[part.places].add(share * part.values, mode="drop")  # pyright: ignore
-        return out.reshape(x.shape)
+        dtype = there[0][1].values.dtype
+        out = jnp.zeros(math.prod(x.shape), jnp.promote_types(dtype, jnp.float32))
+        for share, part in there:
+            values = share * part.values.astype(out.dtype)
+            out = out.at[part.places].add(values, mode="drop")
+        return out.reshape(x.shape).astype(dtype)
 
     return _tree.map_leaves(merge, params, *sent)
 
@@ -137,9 +143,9 @@ def _shares(clients: Sequence[Any], weights: Sequence[float] | None) -> list[flo
     if not clients:
         raise ValueError("sent: got nothing; expected what one client or more sent.")
     weights = [1.0] * len(clients) if weights is None else list(weights)
-    if len(weights) != len(clients) or not sum(weights) > 0:
+    if len(weights) != len(clients) or min(weights) < 0 or not sum(weights) > 0:
         raise ValueError(
             f"weights: got {weights}; expected one for each of {len(clients)} clients, "
-            "with a sum above 0."
+            "none below 0, with a sum above 0."
         )
     return [w / sum(weights) for w in weights]

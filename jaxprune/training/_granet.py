@@ -88,6 +88,7 @@ def granet(
     )  # fmt: skip
     rise = target.schedule
     last = rise.end if until is None else until
+    _target.whole_step("until", last)
     if last < rise.end:
         raise ValueError(
             f"until: got {until}; expected a step of at least end={rise.end}."

@@ -66,8 +66,8 @@ def iss_p(
       Wang et al., Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution,
       arXiv 2303.09650, section 3.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha: got {alpha}; expected a factor in [0, 1].")
+    _prune.require("alpha", alpha, lambda x: 0 <= x <= 1, "a factor in [0, 1]")
+    _target.whole_step("end", end)
     target = _target.fixed(
         sparsity, structure, allocation, begin=begin, end=end, every=every
     )

@@ -1,5 +1,6 @@
 """MaskSparsity: regularises only what is going to be pruned (arXiv 2201.06776)."""
 
+import math
 from fractions import Fraction
 from typing import Literal
 
@@ -69,12 +70,12 @@ def mask_sparsity(
       Jiang et al., Pruning-aware Sparse Regularization for Network Pruning,
       arXiv 2201.06776, section 3.
     """
-    if not strength >= 0:
-        raise ValueError(
-            f"strength: got {strength}; expected at least 0, such as 5e-4."
-        )
+    _prune.require(
+        "strength", strength, lambda x: 0 <= x < math.inf, "at least 0, such as 5e-4"
+    )
     if penalty not in ("l1", "l2"):
         raise ValueError(f"penalty: got {penalty!r}; expected 'l1' or 'l2'.")
+    _target.whole_step("end", end)
     target = _target.fixed(sparsity, structure, allocation, begin=begin, end=end)
 
     def init(params: PyTree) -> MethodState:

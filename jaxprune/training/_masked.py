@@ -68,7 +68,10 @@ def masked(
 
     Returns:
       A transformation that needs `params` in `update`. Put it last in a `chain`; it may
-      itself stand in `partition`, `MultiSteps` or `inject_hyperparams`.
+      itself stand in `partition`, `MultiSteps` or `inject_hyperparams`. Methods that move
+      weights themselves (`iss_p`, `neuroprune`, `soft_top_k`, `top_kast`,
+      `training.task`) give float32 updates for weights of two bytes, so that these land
+      where they should; there `apply_if_finite` goes around `inner`.
 
     Raises:
       ValueError: if the masks do not fit the parameters, or `where` selects nothing.

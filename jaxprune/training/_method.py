@@ -117,12 +117,14 @@ def either(
     f: Callable[..., PyTree],
     g: Callable[..., PyTree],
     weights: PyTree,
-    *fixed: Array,
+    *fixed: PyTree,
 ) -> PyTree:
     """`f(weights, *fixed)` if `test` holds, else `g`; derivatives are those by `weights`.
 
     What a derivative needs is made again from the weights, not stored, and behind a
-    branch, so that it is there for these weights only. For reverse mode.
+    branch, so that it is there for these weights only. For reverse mode. Traced arrays go
+    through `fixed`, not into closures: the derivative may be taken outside of the `jit`,
+    `scan` or `vmap` in which they live.
     """
 
     @jax.custom_vjp
@@ -130,7 +132,8 @@ def either(
         return lax.cond(test, f, g, weights, *fixed)
 
     def forward(test, weights, *fixed):
-        return chosen(test, weights, *fixed), (test, weights, fixed)
+        # Not `chosen`: the derivative of this derivative may be taken in forward mode.
+        return lax.cond(test, f, g, weights, *fixed), (test, weights, fixed)
 
     def backward(residuals, cotangent):
         test, weights, fixed = residuals
@@ -149,8 +152,13 @@ def either(
     return chosen(test, weights, *fixed)
 
 
+def softly(w: Array, soft: Array) -> Array:
+    """`w` times a soft mask. What is not finite stays, and sends the mask no derivative."""
+    return jnp.where(jnp.isfinite(w), finite(w) * soft, w).astype(w.dtype)
+
+
 def finite(w: Array) -> Array:
-    """`w`, with 0 for what is not finite, where it is added to a gradient."""
+    """`w`, with 0 for what is not finite, where it would reach other weights."""
     return jnp.where(jnp.isfinite(w), w, 0)
 
 

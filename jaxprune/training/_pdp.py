@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from jaxprune.training._method import (
     either,
     packed_masks,
     replace_masks,
+    softly,
     start,
 )
 
@@ -62,7 +64,8 @@ def pdp(
     halfway between the smallest magnitude kept and the largest pruned. Gradients pass
     through `m` as well, but not through `t`. The sparsity rises on a straight line from
     `begin` to `end`; at `harden` the masks become hard, and what is kept trains on. The
-    weights are dense behind the mask: the loss must see `jaxprune.sparse_params`.
+    weights are dense behind the mask: the loss must see `jaxprune.sparse_params`, whose
+    derivative is taken in reverse mode.
 
     Of blocks and channels the norm takes the place of the magnitude; with `NM` each group
     has a `t` of its own. No code of the authors is public. In the paper the share of each
@@ -91,8 +94,9 @@ def pdp(
       Cho et al., PDP: Parameter-free Differentiable Pruning is All You Need,
       arXiv 2305.11203, section 3.
     """
-    if not tau > 0:
-        raise ValueError(f"tau: got {tau}; expected a temperature above 0, as 1e-4.")
+    _prune.require(
+        "tau", tau, lambda x: 0 < x < math.inf, "a temperature above 0, such as 1e-4"
+    )
     target = _target.rising(
         sparsity, structure, allocation, begin=begin, end=end, every=every,
         initial=0.0, method="pdp", ramp=schedules.linear,
@@ -141,15 +145,15 @@ class _View:
         def see(w, mask):
             path = next(paths)
 
-            def hard(w, limit, tau):
+            def hard(w, mask, limit, tau):
                 del limit, tau
                 return jnp.where(masks.as_bool(mask), w, 0)
 
-            def soft(w, limit, tau):
-                m = _soft(self.structure, path, w, limit, tau)
-                return (w * m).astype(w.dtype)
+            def soft(w, mask, limit, tau):
+                del mask
+                return softly(w, _soft(self.structure, path, w, limit, tau))
 
-            return either(own.hard, hard, soft, w, next(limits), own.tau)
+            return either(own.hard, hard, soft, w, mask, next(limits), own.tau)
 
         return _tree.map_leaves(see, params, state.masks)
 
@@ -160,7 +164,7 @@ def _soft(structure: Structure, path: str, w: Array, limit: Array, tau) -> Array
     if isinstance(structure, NM):
         limit = structure.spread(path, limit, w)
         return jax.nn.sigmoid((_square(w) - limit) / tau)
-    units = structure.scored(path, _square, w)
+    units = structure.scored(path, _square, jnp.where(jnp.isnan(w), 0, w))
     soft = jax.nn.sigmoid((units.score(*units.operands) - limit) / tau)
     return structure.spread(path, soft, w)
 

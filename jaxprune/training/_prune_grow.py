@@ -1,6 +1,5 @@
 """Prune-and-grow: what all methods share whose masks move at constant sparsity."""
 
-import numbers
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -25,6 +24,9 @@ from jaxprune.training._method import (
     start,
 )
 from jaxprune.training._target import Target
+
+# Scores of growth end here: those of a whole leaf still add up in float32.
+_MOST = 1e19
 
 # (grads of a leaf, key of leaf and step) -> what its scores of growth are made of
 Growth: TypeAlias = Callable[[Array, Key[Array, ""]], Array]
@@ -104,9 +106,9 @@ def exchange(
 
 
 def above_all(scores: Array, mask: Bool[Array, "..."]) -> Array:
-    """`scores`, and infinity for what `mask` keeps; nothing else is infinite."""
-    most = jnp.finfo(scores.dtype).max
-    return jnp.where(mask, jnp.inf, jnp.where(scores == jnp.inf, most, scores))
+    """`scores`, and infinity for what `mask` keeps; no sum of the others is infinite."""
+    most = min(float(jnp.finfo(scores.dtype).max), _MOST)
+    return jnp.where(mask, jnp.inf, jnp.minimum(scores, most))
 
 
 def largest(
@@ -122,11 +124,10 @@ def largest(
 
 def check_drop(drop: float) -> None:
     """Raises `ValueError` unless `drop` is a share."""
-    if not isinstance(drop, numbers.Real) or not 0 <= drop <= 1:
-        raise ValueError(
-            f"drop: got {drop!r}; expected the share of active weights that an update "
-            "exchanges, in [0, 1]; 0.3 is usual."
-        )
+    wanted = (
+        "the share of active weights that an update exchanges, in [0, 1]; 0.3 is usual"
+    )
+    _prune.require("drop", drop, lambda x: 0 <= x <= 1, wanted)
 
 
 class KeyCarrier:

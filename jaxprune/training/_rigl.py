@@ -60,6 +60,7 @@ def rigl(
       Evci et al., Rigging the Lottery: Making All Tickets Winners, arXiv 1911.11134,
       section 3 and Algorithm 1.
     """
+    _target.whole_step("end", end)
     target = _target.fixed(
         sparsity, structure, allocation, begin=begin, end=end, every=every
     )

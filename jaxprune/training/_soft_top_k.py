@@ -1,6 +1,7 @@
 """Soft top-k masks by regularised transportation (Spartan, arXiv 2205.14107)."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from jaxprune.training._method import (
     either,
     packed_masks,
     replace_masks,
+    softly,
     start,
     straight_through,
 )
@@ -67,7 +69,7 @@ def soft_top_k(
     straight line from 1 at `begin` to its final value at `harden`, the sparsity from 0 at
     `begin` to its own at `end`. At `harden` the weights take up the soft masks, the masks
     stand still, and what is kept trains on. The weights are dense behind the mask: the
-    loss must see `jaxprune.sparse_params`.
+    loss must see `jaxprune.sparse_params`, whose derivative is taken in reverse mode.
 
     While masks are soft, what is kept shrinks too: weights small against `1 / beta` to
     about the density of their size. Of blocks and channels the mean magnitude takes the
@@ -98,8 +100,9 @@ def soft_top_k(
       Tai, Tian & Lim, Spartan: Differentiable Sparsity via Regularized Transportation,
       arXiv 2205.14107, section 3.
     """
-    if not beta > 0:
-        raise ValueError(f"beta: got {beta}; expected a sharpness above 0, such as 20.")
+    _prune.require(
+        "beta", beta, lambda x: 0 < x < math.inf, "a sharpness above 0, such as 20"
+    )
     if isinstance(structure, NM):
         raise ValueError(
             f"structure: got {structure}; expected Unstructured, Block or Channel, since "
@@ -190,16 +193,17 @@ class _View:
         found: list[Array] = []
         for group, mu in _groups(len(paths), self.shared, own):
 
-            def hard(ws, mu, beta, group=group):
+            def hard(ws, keeps, mu, beta):
                 del mu, beta
-                return _kept(ws, packed[group])
+                return _kept(ws, keeps)
 
-            def soft(ws, mu, beta, group=group):
+            def soft(ws, keeps, mu, beta, group=group):
                 us = _weigh(self.structure, paths[group], ws, mu, beta)
-                seen = _kept(us, packed[group])
+                seen = _kept(us, keeps)
                 return [straight_through(*xs) for xs in zip(us, seen, strict=True)]
 
-            found += either(own.hard, hard, soft, weights[group], mu, own.beta)
+            operands = weights[group], packed[group], mu, own.beta
+            found += either(own.hard, hard, soft, *operands)
         new = iter(found)
         return _tree.map_leaves(lambda w: next(new), params)
 
@@ -234,7 +238,7 @@ def _weigh(
         structure.spread(p, jax.nn.sigmoid(beta * x + offset), w)
         for p, x, w in zip(paths, values, weights, strict=True)
     ]
-    return [(w * m).astype(w.dtype) for w, m in zip(weights, soft, strict=True)]
+    return [softly(w, m) for w, m in zip(weights, soft, strict=True)]
 
 
 @jax.custom_vjp

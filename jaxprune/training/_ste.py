@@ -1,5 +1,6 @@
 """Straight-through training: dense weights, a sparse forward pass (STE, SR-STE)."""
 
+import math
 from fractions import Fraction
 
 import jax.numpy as jnp
@@ -88,8 +89,9 @@ def sr_ste(
       Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From
       Scratch, arXiv 2102.04010, section 3.2.
     """
-    if not decay >= 0:
-        raise ValueError(f"decay: got {decay}; expected at least 0, such as 2e-4.")
+    _prune.require(
+        "decay", decay, lambda x: 0 <= x < math.inf, "at least 0, such as 2e-4"
+    )
     target = _target.fixed(sparsity, structure, allocation, every=every)
 
     def gradients(grads: PyTree, state: MethodState, params: PyTree) -> PyTree:

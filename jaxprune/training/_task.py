@@ -38,6 +38,7 @@ def task(found: PyTree, *, earlier: Sequence[PyTree] = ()) -> Method:
     Raises:
       ValueError: if masks do not match the parameters, or a task has a mask for a leaf
         that this one does not prune.
+      TypeError: if `earlier` is no sequence.
 
     Example:
       >>> mask = {"kernel": jnp.array([[True, True], [False, False]])}
@@ -53,6 +54,11 @@ def task(found: PyTree, *, earlier: Sequence[PyTree] = ()) -> Method:
       arXiv 2007.07617, and Yildirim et al., Continual Learning with Dynamic Sparse
       Training, arXiv 2308.14831; how masks of new tasks are grown is up to the caller.
     """
+    if not isinstance(earlier, Sequence):
+        raise TypeError(
+            f"earlier: got a {type(earlier).__name__}; expected a sequence of masks, a tree "
+            "for each earlier task. Write [masks] for a single one."
+        )
 
     def init(params: PyTree) -> MethodState:
         mine, taken = _by_path(found), [_by_path(m) for m in earlier]
@@ -64,10 +70,16 @@ def task(found: PyTree, *, earlier: Sequence[PyTree] = ()) -> Method:
                     "that it would train freely. Give it a mask in every task, and select "
                     "it by where=."
                 )
+        if not paths:
+            raise ValueError(
+                "found: every leaf is None, so that nothing would be masked. Give the "
+                "masks of this task, as jaxprune.get_masks finds them."
+            )
         _, leaves, treedef = _tree.flatten(params)
         names = _tree.flatten(params)[0]
         bools = {
-            p: (mine[p], _learns(mine[p], [m.get(p) for m in taken])) for p in paths
+            p: (jnp.copy(mine[p]), _learns(mine[p], [m.get(p) for m in taken]))
+            for p in paths
         }
         tree, own = (
             treedef.unflatten([bools[p][k] if p in bools else None for p in names])
@@ -97,6 +109,7 @@ def _by_path(found: PyTree) -> dict[str, Array]:
 
 def _learns(mask: Array, others: Sequence[Array | None]) -> Array:
     """What no earlier task uses; one without a mask uses everything."""
+    mask = jnp.copy(mask)  # a state may be donated
     for other in others:
         mask = mask & (False if other is None else ~other)
     return mask

@@ -1,5 +1,6 @@
 """Top-KAST: always sparse forward, a wider set backward (arXiv 2106.03517)."""
 
+import math
 from fractions import Fraction
 
 import jax
@@ -85,8 +86,9 @@ def top_kast(
         _target.whole_step("until", until)
     if until is not None and until < 0:
         raise ValueError(f"until: got {until}; expected a step, or None.")
-    if not decay >= 0:
-        raise ValueError(f"decay: got {decay}; expected at least 0, such as 1e-4.")
+    _prune.require(
+        "decay", decay, lambda x: 0 <= x < math.inf, "at least 0, such as 1e-4"
+    )
     forward = _target.fixed(sparsity, structure, allocation, end=until, every=every)
     wider = _target.fixed(backward, structure, allocation)
     scale = 1 / float(1 - forward_share)

@@ -266,6 +266,20 @@ def test_a_search_without_a_finite_loss_says_so():
         )
 
 
+def test_a_search_wants_one_number():
+    with pytest.raises(ValueError, match=r"loss: gives an array of shape \(16,\)"):
+        jp.rounds.random_search(
+            lambda p: p["up"]["kernel"][0], params(), 0.5, key=jax.random.key(0)
+        )
+
+
+def test_what_is_no_key_is_refused():
+    with pytest.raises(TypeError, match="key: got 0"):
+        jp.rounds.random_search(lambda p: 0.0, params(), 0.5, key=0)
+    with pytest.raises(TypeError, match="key: got 0"):
+        jp.rounds.sparse_model_soups(replica, params(), 0.5, key=0)
+
+
 def test_soups_of_different_masks_are_refused():
     a, b = ({"kernel": jnp.array([x])} for x in ([1.0, 0.0], [0.0, 1.0]))
     with pytest.raises(ValueError, match="number 1 has 1 weights at kernel"):
@@ -313,14 +327,23 @@ def test_random_search_takes_the_best_of_what_it_drew():
     ("call", "message"),
     [
         (lambda t: jp.rounds.imp(t, params(), rounds=0), "rounds: got 0"),
+        (lambda t: jp.rounds.imp(t, params(), rounds=2.5), "rounds: got 2.5"),
+        (lambda t: jp.rounds.imp(t, params(), rounds=1, rewind=0.5), "rewind: got 0.5"),
         (lambda t: jp.rounds.imp(t, params(), rounds=1, rate=1.0), "rate: got 1.0"),
         (lambda t: jp.rounds.imp(t, params(), rounds=1, rewind=-1), "rewind: got -1"),
-        (lambda t: jp.rounds.sap(t, params(), rounds=1, p=2.0), "p, q: got 2.0"),
+        (lambda t: jp.rounds.sap(t, params(), rounds=1, p=2.0), r"p, q: got \(2.0"),
         (
             lambda t: jp.rounds.sap(t, params(), rounds=1, scope="row"),
             "scope: got 'row'",
         ),
-        (lambda t: jp.rounds.sap(t, params(), rounds=1, beta=2.0), "eta, gamma, beta"),
+        (lambda t: jp.rounds.sap(t, params(), rounds=1, p="a"), "p, q: got"),
+        (lambda t: jp.rounds.sap(t, params(), rounds=1, beta=2.0), "beta: got 2.0"),
+        (lambda t: jp.rounds.sap(t, params(), rounds=1, eta=None), "eta: got None"),
+        (lambda t: jp.rounds.sap(t, params(), rounds=1, gamma=0), "gamma: got 0"),
+        (
+            lambda t: jp.rounds.scratch(t, params(), {}, steps=1, cap="a"),
+            "cap: got 'a'",
+        ),
         (lambda t: jp.rounds.scratch(t, params(), {}, steps=0), "steps: got 0"),
         (lambda t: jp.rounds.scratch(t, params(), {}, steps=1, budget="x"), "budget"),
     ],
@@ -348,6 +371,25 @@ def test_the_same_leaves_and_functions_go_on_in_the_same_folder(tmp_path):
         )  # fmt: skip
         assert found.masks["c"] is None
     assert len(runs) == 3
+
+    def partly(costs):
+        """A function of its own each time, as in another process."""
+
+        def filling(shapes, sparsity, *, costs):
+            return jp.allocation.water_filling(shapes, sparsity, costs=costs)
+
+        return functools.partial(filling, costs={"a": costs, "c": 1})
+
+    def go_on(costs):
+        jp.rounds.imp(
+            train, params, rounds=1, allocation=partly(costs), directory=tmp_path / "p"
+        )
+
+    go_on(2)
+    go_on(2)
+    assert len(runs) == 5
+    with pytest.raises(ValueError, match="allocation: .* was begun with"):
+        go_on(3)
 
 
 @pytest.mark.parametrize(

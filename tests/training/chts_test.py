@@ -128,12 +128,37 @@ def test_chtss_prunes_by_relative_importance():
             assert importance[gone].max() <= importance[after].min() * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("removal", ["magnitude", "relative"])
+def test_weights_of_two_bytes_are_rewired_as_in_float32(removal, dtype):
+    """Scores of removal are float32, and what has not moved from 0 has one, too."""
+    w = jax.random.normal(KEY, (32, 16)).astype(dtype).at[::3].set(0)
+    options = {"removal": removal, "temperature": (9.0, 9.0)}
+    half, whole = (
+        rewire({"kernel": x}, 3, **options) for x in (w, w.astype(jnp.float32))
+    )
+    for (_, a), (_, b) in zip(half, whole, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_weights_that_are_not_finite_leave_their_neighbours_alone(bad):
+    """Relative importance divides by sums over rows and columns."""
+    w = jax.random.normal(KEY, (32, 16))
+    spoilt = w.at[3].set(bad)
+    options = {"initial": 0.5, "settle": 1, "drop": 0.0, "removal": "relative"}
+    (_, _), (_, found), *_ = rewire({"kernel": spoilt}, 2, **options)
+    (_, _), (_, wanted), *_ = rewire({"kernel": w.at[3].set(0)}, 2, **options)
+    np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"removal": "weight"}, "removal: got 'weight'"),
         ({"temperature": (0, 1)}, "temperature: got"),
         ({"temperature": 9.0}, "temperature: got 9.0"),
+        ({"temperature": ("a", 9)}, "temperature: got"),
         ({"settle": 50}, "settle: got 50 without initial="),
         ({"initial": 0.5, "begin": 200}, "0 <= begin <= end"),
         ({"initial": 0.5, "settle": 200}, "settle: got 200"),

@@ -58,6 +58,17 @@ def test_too_few_pruned_weights_leave_places_empty():
     np.testing.assert_array_equal(merged["kernel"], 0)
 
 
+def test_many_clients_of_two_bytes_add_up():
+    """In bfloat16 a sum of 1 stands still at 256 parts or so."""
+    part = jp.training.TopGradients(jnp.ones(1, jnp.bfloat16), jnp.array([3]))
+    clients = [{"kernel": part, "bias": None}] * 1024 + [{"kernel": None, "bias": None}]
+    params = {"kernel": jnp.zeros((2, 2), jnp.bfloat16), "bias": jnp.zeros(2)}
+    weights = [1.0] * 1024 + [1024.0]
+    merged = jp.training.merge_gradients(clients, params, weights=weights)
+    assert merged["kernel"].dtype == jnp.bfloat16 and merged["bias"] is None
+    assert merged["kernel"].tolist() == [[0.0, 0.0], [0.0, 0.5]]
+
+
 def test_merged_moments_are_those_of_all_examples():
     parts = [3 * make(s, (n, 4)) + s for s, n in ((1, 5), (2, 17), (3, 2))]
     clients = [
@@ -83,9 +94,13 @@ def test_examples_may_be_weights():
     [
         (lambda: jp.training.top_gradients({"w": jnp.ones(2)}, {"w": jnp.ones(2, bool)}, 0),
          "k: got 0"),
+        (lambda: jp.training.top_gradients({"w": jnp.ones(2)}, {"w": jnp.ones(2, bool)}, 0.5),
+         "k: got 0.5"),
         (lambda: jp.training.merge_gradients([], {}), "sent: got nothing"),
         (lambda: jp.training.merge_moments([]), "sent: got nothing"),
         (lambda: jp.training.merge_gradients([{}], {}, weights=[1, 2]), "weights: got"),
+        (lambda: jp.training.merge_gradients([{}] * 2, {}, weights=[-1, 2]),
+         "none below 0"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(call, message):

@@ -111,11 +111,11 @@ def _gmp_row(name, units, total=False, initial=Fraction(0), **options):
     return pytest.param(Case(make, expected=expected), id=name)
 
 
-def _every_other_weight(params):
+def _every_other_weight(params, nth=2):
     def mask(path, x):
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         places = jnp.arange(x.size).reshape(x.shape)
-        return places % 2 == 0 if "kernel" in names else None
+        return places % nth == 0 if "kernel" in names else None
 
     return jax.tree_util.tree_map_with_path(mask, params)
 
@@ -245,8 +245,20 @@ PDP = _row(
     lambda: jp.pdp(FINAL, begin=1, end=4, harden=END, tau=0.1, allocation="uniform"),
     _on_a_line(1, 4), END, dense=True,
 )  # fmt: skip
+TASK = pytest.param(
+    Case(
+        lambda params: jp.training.task(
+            _every_other_weight(params), earlier=[_every_other_weight(params, 4)]
+        ),
+        expected=_constant,
+        first=0,
+        dense=True,
+    ),
+    id="task",
+)
 METHODS = [
     FROZEN,
+    TASK,
     STATIC,
     GMP,
     NM,
@@ -555,6 +567,22 @@ def test_eager_equals_jit(history):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
         (updates, state.inner), (after.updates, after.state.inner),
+    )  # fmt: skip
+
+
+def test_gradients_may_be_taken_outside_of_jit(history):
+    """Through the forward view of weights and state that come in as arguments."""
+    before = history.moments[BEGIN + EVERY]
+    params, state = jax.tree.map(jnp.asarray, (before.params, before.state))
+
+    def loss(params, state):
+        return _loss(jp.sparse_params(params, state))
+
+    outside = jax.grad(jax.jit(loss))(params, state)
+    inside = jax.jit(jax.grad(loss))(params, state)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        outside, inside,
     )  # fmt: skip
 
 

@@ -206,12 +206,28 @@ def test_a_later_task_leaves_earlier_ones_as_they_were():
             np.testing.assert_array_equal(again, answer)
 
 
+def test_masks_of_a_task_outlive_a_donated_state():
+    """Also where they are too small to be packed, and kept as they are."""
+    mask = {"scale": jnp.array(True)}
+    tx = jp.masked(optax.sgd(0.1), jp.training.task(mask), where="scale")
+    params = {"scale": jnp.float32(2.0)}
+    for _ in range(2):
+        state = tx.init(params)
+        jax.jit(lambda s: jax.tree.map(jnp.zeros_like, s), donate_argnums=0)(state)
+    assert mask["scale"]
+
+
 def test_tasks_name_what_they_cannot_protect():
     params = {"kernel": make(), "embedding": make(), "bias": jnp.ones(8)}
     ones = jax.tree.map(lambda x: jnp.ones_like(x, bool), params)
     only = ones | {"embedding": None, "bias": None}
     with pytest.raises(ValueError, match="a task has a mask for embedding"):
         jp.masked(optax.sgd(0.1), jp.training.task(ones | {"bias": None})).init(params)
+    with pytest.raises(TypeError, match="earlier: got a dict; expected a sequence"):
+        jp.training.task(only, earlier=only)
+    nothing = jp.training.task(dict.fromkeys(params))
+    with pytest.raises(ValueError, match="found: every leaf is None"):
+        jp.masked(optax.sgd(0.1), nothing).init(params)
     with pytest.raises(ValueError, match="a task has a mask for embedding"):
         jp.masked(
             optax.sgd(0.1),
@@ -227,6 +243,8 @@ def test_tasks_name_what_they_cannot_protect():
     ("factory", "message"),
     [
         (lambda: jp.sr_ste(0.5, decay=-1), "decay: got -1"),
+        (lambda: jp.sr_ste(0.5, decay="small"), "decay: got 'small'"),
+        (lambda: jp.top_kast(0.5, backward=0.2, decay=None), "decay: got None"),
         (lambda: jp.mdgf(0.5, leak=0.5), "leak: got 0.5; expected a schedule"),
         (
             lambda: jp.mdgf(0.5, leak=jp.schedules.linear(0.0, begin=0, end=9)),

@@ -332,6 +332,19 @@ def test_infinite_gradients_grow_no_more_than_others():
     assert 0 < lost <= round(0.1 * before.sum())
 
 
+@pytest.mark.parametrize("structure", [jp.Block(2, 2), jp.Channel()], ids=repr)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_infinite_gradients_of_whole_units_drop_no_others(structure, dtype):
+    """Several add up in a unit: still no more than what stays."""
+    w = make((16, 16)).astype(dtype)
+    _, masks = jp.prune({"kernel": w}, 0.5, structure=structure)
+    before = masks["kernel"]
+    found = exchange(
+        "k", structure, before, w, jnp.abs, jnp.full_like(w, jnp.inf), jnp.float32(0)
+    )
+    np.testing.assert_array_equal(found, before)
+
+
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
@@ -346,6 +359,7 @@ def test_infinite_gradients_grow_no_more_than_others():
         (lambda: jp.rigl(1.5, key=KEY, end=9), "sparsity: got 1.5"),
         (lambda: jp.set_(0.5, key=KEY, begin=5, end=2), "0 <= begin <= end"),
         (lambda: jp.granet(0.5, end=9, until=5), "until: got 5"),
+        (lambda: jp.granet(0.5, end=9, until=9.5), "until: got 9.5; expected a whole"),
         (lambda: jp.granet(0.5), "end: got None"),
         (
             lambda: jp.granet(0.5, initial=0.9, end=9),

@@ -44,6 +44,8 @@ METHODS = {
     "gmp-block": jp.gmp(0.5, structure=jp.Block(4, 4), **RAMP),
     "gmp-channel": jp.gmp(0.5, structure=jp.Channel(), **RAMP),
     "rigl": jp.rigl(0.5, key=jax.random.key(0), allocation="uniform", every=1, **RAMP),
+    "granet": jp.granet(0.5, every=1, allocation="global", **RAMP),
+    "pdp": jp.pdp(0.5, harden=3, allocation="uniform", **RAMP),
     "top_kast": jp.top_kast(0.5, backward=0.25, every=1),
     "neuroprune": jp.neuroprune(
         0.5, roles=jp.Roles(mlp_in="*/kernel"), end=1, every=1, reading="inverse"

@@ -72,6 +72,65 @@ def test_pdp_gradients_are_those_of_the_formula(structure):
     )  # fmt: skip
 
 
+def _value(params, state):
+    seen = jp.sparse_params(params, state)
+    return sum(jnp.sum(jnp.sin(3 * x)) for x in jax.tree.leaves(seen))
+
+
+# Where training puts the derivative: the state comes in as an argument.
+PLACES = {
+    "jit": lambda p, s: jax.grad(jax.jit(_value))(p, s),
+    "remat": lambda p, s: jax.jit(jax.grad(jax.checkpoint(_value)))(p, s),
+    "scan": lambda p, s: jax.grad(
+        lambda p: jax.lax.scan(lambda s, _: (s, _value(p, s)), s, jnp.arange(1))[1][0]
+    )(p),
+    "vmap": lambda p, s: jax.grad(
+        lambda p: jax.vmap(_value, (None, 0))(p, jax.tree.map(lambda x: x[None], s))[0]
+    )(p),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("method", ["pdp", "soft_top_k"])
+def test_the_derivative_may_be_taken_outside(method, place):
+    """Of the transformation inside which the loss takes the forward view."""
+    params, state = state_after(pdp() if method == "pdp" else soft_top_k(), 1)
+    wanted = jax.grad(_value)(params, state)
+    assert jnp.isfinite(wanted["kernel"]).all() and wanted["kernel"].any()
+    found = PLACES[place](params, state)
+    np.testing.assert_allclose(found["kernel"], wanted["kernel"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("structure", [jp.Unstructured(), jp.Block(4, 4)], ids=repr)
+@pytest.mark.parametrize("name", ["pdp", "soft_top_k"])
+def test_a_weight_that_is_not_finite_spoils_itself_alone(name, structure, bad):
+    """Though soft masks of a block, or of a leaf, depend on one another."""
+    params = {"kernel": make().at[3, 5].set(bad)}
+    method = pdp if name == "pdp" else soft_top_k
+    params, state = state_after(method(structure=structure), 1, params)
+    seen = jp.sparse_params(params, state)
+    grads = jax.grad(_value)(params, state)
+    for x in (seen["kernel"], grads["kernel"]):
+        assert jnp.isfinite(x.at[3, 5].set(0)).all()
+
+
+def test_pdp_has_products_with_the_hessian():
+    """In reverse mode, and in forward mode over reverse mode."""
+    params, state = state_after(pdp(tau=1.0), 1)
+    along = {"kernel": make(seed=3)}
+
+    def slope(p):
+        return jax.grad(_value)(p, state)["kernel"]
+
+    reverse = jax.grad(lambda p: jnp.vdot(slope(p), along["kernel"]))(params)["kernel"]
+    _, forward = jax.jvp(slope, (params,), (along,))
+    np.testing.assert_allclose(reverse, forward, rtol=1e-4, atol=1e-4)
+    steps = [{"kernel": params["kernel"] + h * along["kernel"]} for h in (-1e-2, 1e-2)]
+    differences = (slope(steps[1]) - slope(steps[0])) / 2e-2
+    np.testing.assert_allclose(forward, differences, rtol=2e-2, atol=2e-1)
+
+
 def test_pdp_with_nm_has_a_threshold_for_each_group():
     params, state = state_after(pdp(structure=jp.NM(1, 4)), 1)
     groups = np.sort(np.abs(np.asarray(params["kernel"])).reshape(4, 4, 8), axis=1)
@@ -270,13 +329,20 @@ def test_only_what_is_chosen_is_penalised(penalty):
     [
         (lambda: jp.pdp(0.5, end=5, harden=3), "harden: got 3"),
         (lambda: jp.pdp(0.5, end=5, harden=8, tau=0), "tau: got 0"),
+        (lambda: jp.pdp(0.5, end=5, harden=8, tau="low"), "tau: got 'low'"),
         (lambda: jp.soft_top_k(0.5, end=5, harden=3), "harden: got 3"),
         (lambda: jp.soft_top_k(0.5, end=5, harden=8, beta=-1), "beta: got -1"),
+        (lambda: jp.soft_top_k(0.5, end=5, harden=8, beta=None), "beta: got None"),
         (lambda: jp.soft_top_k(end=5, harden=8, structure=jp.NM(2, 4)), "NM"),
         (lambda: jp.iss_p(0.5, end=5, alpha=1.5), "alpha: got 1.5"),
+        (lambda: jp.iss_p(0.5, end=5, alpha="a"), "alpha: got 'a'"),
         (
             lambda: jp.mask_sparsity(0.5, begin=1, end=5, strength=-1),
             "strength: got -1",
+        ),
+        (
+            lambda: jp.mask_sparsity(0.5, begin=1, end=5, strength=float("inf")),
+            "strength: got inf",
         ),
         (
             lambda: jp.mask_sparsity(0.5, begin=1, end=5, penalty="l0"),
@@ -294,6 +360,10 @@ def test_bad_options_are_refused(factory, message):
     [
         (lambda: jp.pdp(0.5, end=2, harden=3.5), "harden: got 3.5"),
         (lambda: jp.soft_top_k(0.5, end=2, harden=None), "harden: got None"),
+        (lambda: jp.iss_p(0.5, end=None), "end: got None"),
+        (lambda: jp.mask_sparsity(0.5, begin=1, end=None), "end: got None"),
+        (lambda: jp.acdc(0.5, begin=1, end=None, every=2), "end: got None"),
+        (lambda: jp.rigl(0.5, key=jax.random.key(0), end=None), "end: got None"),
         (lambda: jp.static(0.5, until=2.5), "until: got 2.5"),
         (lambda: jp.top_kast(0.5, backward=0.4, until=2.5), "until: got 2.5"),
     ],
