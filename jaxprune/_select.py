@@ -8,7 +8,7 @@ pass needs one all-reduce of a few scalars, and nothing of the scores' size is s
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
