@@ -127,12 +127,12 @@ def synflow(setup: Setup) -> Any:
     )[1]
 
 
-def random_search(setup: Setup) -> Any:
+def random_search(setup: Setup, trials: int = 50) -> Any:
     arguments = setup.common | {"structure": jp.Channel(), "allocation": "uniform"}
     # Not the classes: a class without a neuron cannot be learnt.
     return jp.rounds.random_search(
         setup.loss, setup.params, arguments.pop("sparsity"), setup.batch,
-        key=setup.key, trials=50, where=["*", "!*_2/*"], **arguments,
+        key=setup.key, trials=trials, where=["*", "!*_2/*"], **arguments,
     ).masks  # fmt: skip
 
 
@@ -177,6 +177,7 @@ METHODS: dict[str, Callable[[Setup], Any]] = {
         key=s.key, **(s.common | {"allocation": jp.allocation.water_filling})
     ),
     "random search": random_search,
+    "random units": lambda s: random_search(s, trials=1),
     "SET": lambda s: jp.set_(key=s.key, end=s.final, **s.common),
     "RigL": lambda s: jp.rigl(key=s.key, end=s.final, **s.common),
     "GraNet": granet,
@@ -211,9 +212,10 @@ METHODS: dict[str, Callable[[Setup], Any]] = {
     "soft top-k": lambda s: jp.soft_top_k(
         begin=0, end=s.steps // 5, harden=s.steps * 4 // 5, every=20, **s.common
     ),
+    "BDWP": lambda s: jp.static(0.0),  # what is sparse are its products
     "SPDF": lambda s: jp.static(key=s.key, until=s.final, **s.common),
 }  # fmt: skip
-ONLY_NM = ("SdGf",)
+ONLY_NM = ("SdGf", "BDWP")
 SIX = ("static random", "SET", "RigL", "GraNet", "GMP", "SR-STE")
 
 
@@ -226,6 +228,8 @@ def plan() -> Iterator[tuple[str, Case, int]]:
         if case.model != MAIN.model:
             yield "dense", case, seed
         yield from ((name, case, seed) for name in SIX)
+        if case.structure == "2:4":
+            yield from ((name, case, seed) for name in ONLY_NM)
     for structure, seed in itertools.product(("1:8", "1:16"), SEEDS):
         sparsity = 1 - 1 / int(structure[2:])
         case = Case("mlp", sparsity, "uniform", structure)
@@ -249,7 +253,9 @@ def init(case: Case, seed: int) -> dict:
     return {name: {"kernel": he(next(keys), s)} for name, s in shapes.items()}
 
 
-def network(case: Case) -> Callable:
+def network(case: Case, name: str = "") -> Callable:
+    if name == "BDWP":
+        return bdwp
     return cnn if case.model == "cnn" else mlp
 
 
@@ -257,6 +263,15 @@ def mlp(params: dict, images: jax.Array) -> jax.Array:
     x = images.reshape(len(images), -1)
     x = jax.nn.relu(x @ params["dense_0"]["kernel"])
     x = jax.nn.relu(x @ params["dense_1"]["kernel"])
+    return x @ params["dense_2"]["kernel"]
+
+
+def bdwp(params: dict, images: jax.Array) -> jax.Array:
+    """The MLP with 2:4 weights in both directions; its ten outputs are no multiple of 4."""
+    x = images.reshape(len(images), -1)
+    for name in ("dense_0", "dense_1"):
+        kernel = params[name]["kernel"]
+        x = jax.nn.relu(jp.training.bdwp_matmul(x, kernel, STRUCTURES["2:4"]))
     return x @ params["dense_2"]["kernel"]
 
 
@@ -291,7 +306,7 @@ class Trainer:
     """A model, the optimizer of one method, and compiled training."""
 
     def __init__(self, name: str, case: Case, seed: int, images, labels):
-        model = network(case)
+        model = network(case, name)
         self.data = jnp.asarray(images), jnp.asarray(labels)
         self.steps_an_epoch = len(images) // BATCH
         self.steps = EPOCHS[case.model] * self.steps_an_epoch
@@ -447,6 +462,8 @@ def run(name: str, case: Case, seed: int, data) -> dict:
     images, labels = data["test"]
     seen = jp.sparse_params(trainer.params, trainer.opt_state)
     right = np.asarray(trainer.logits(seen, images - mean)).argmax(-1) == labels
+    if name == "BDWP":
+        seen, _ = jp.prune(seen, structure=STRUCTURES["2:4"], where="!dense_2/*")
     masked = jp.get_masks(trainer.opt_state)
     zeros = sum(
         int((x == 0).sum())

@@ -1,12 +1,15 @@
 """How sparse weights are before any of them is zero: the PQ Index."""
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
+
+from jaxprune._tree import PyTree
 
 
 def pq_index(
-    w: Float[Array, "..."],
-    mask: Bool[Array, "..."] | None = None,
+    w: PyTree,
+    mask: PyTree | None = None,
     *,
     p: float = 0.5,
     q: float = 1.0,
@@ -17,8 +20,8 @@ def pq_index(
     changes neither with the scale of the weights nor when all are repeated.
 
     Args:
-      w: weights.
-      mask: which of them count; all by default.
+      w: weights: an array, or a tree of arrays that are measured together.
+      mask: which of them count, booleans in the same tree; all by default.
       p: the smaller norm, 0 < p < q.
       q: the larger norm.
 
@@ -27,7 +30,7 @@ def pq_index(
       is not finite.
 
     Raises:
-      ValueError: unless 0 < p < q.
+      ValueError: unless 0 < p < q, and for masks of other shapes.
 
     Example:
       >>> float(jp.analysis.pq_index(jnp.array([2.0, -2.0])))
@@ -41,15 +44,26 @@ def pq_index(
     """
     if not 0 < p < q:
         raise ValueError(f"p, q: got {p}, {q}; expected 0 < p < q, such as 0.5 and 1.")
-    sizes = jnp.abs(w).astype(jnp.float32)
-    count = jnp.float32(w.size)
+    leaves = [jnp.abs(x).astype(jnp.float32) for x in jax.tree.leaves(w)]
+    count = jnp.float32(sum(x.size for x in leaves))
     if mask is not None:
-        sizes = jnp.where(mask, sizes, 0)
-        count = jnp.sum(mask, dtype=jnp.float32)
-    largest = jnp.max(sizes, initial=0)
-    sizes = sizes / jnp.where(largest == 0, 1, largest)
+        masks = jax.tree.leaves(mask)
+        shapes = [[x.shape for x in xs] for xs in (leaves, masks)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"mask: got leaves of the shapes {shapes[1]}; expected {shapes[0]}, those "
+                "of w. Leave out of both what is not to be measured."
+            )
+        leaves = [jnp.where(m, x, 0) for x, m in zip(leaves, masks, strict=True)]
+        count = sum((jnp.sum(m, dtype=jnp.float32) for m in masks), jnp.float32(0))
+    largest = jnp.stack([jnp.max(x, initial=0) for x in (*leaves, jnp.zeros(0))]).max()
+    scale = jnp.where(largest == 0, 1, largest)
     # Means in place of sums take the power of d with them, and overflow nowhere.
     count = jnp.maximum(count, 1)
-    small, large = ((jnp.sum(sizes**x) / count) ** (1 / x) for x in (p, q))
-    index = 1 - small / jnp.where(largest == 0, 1, large)
+
+    def mean(power: float) -> Array:
+        total = sum((jnp.sum((x / scale) ** power) for x in leaves), jnp.float32(0))
+        return (total / count) ** (1 / power)
+
+    index = 1 - mean(p) / jnp.where(largest == 0, 1, mean(q))
     return jnp.where(largest == 0, 0, jnp.maximum(index, 0))

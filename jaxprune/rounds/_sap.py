@@ -81,9 +81,9 @@ def sap(
             f"scope: got {scope!r}; expected 'global', 'leaf' or 'neuron'."
         )
 
-    def stays(w: Array, mask: Array) -> int:
+    def stays(w: PyTree, mask: PyTree) -> int:
         """How many of the weights that are left stay."""
-        left = int(mask_trees.count_leaf(mask))
+        left = mask_trees.count(mask).kept
         index = float(analysis.pq_index(w, mask, p=p, q=q))
         if math.isnan(index):
             raise ValueError(
@@ -117,8 +117,7 @@ def _smallest_go(
 ) -> list[Bool[Array, "..."]]:
     scores = [jnp.where(m, jnp.abs(w), -1) for w, m in zip(weights, masks, strict=True)]
     if scope == "global":
-        flat = jnp.concatenate([w.ravel() for w in weights])
-        wanted = [stays(flat, jnp.concatenate([m.ravel() for m in masks]))]
+        wanted = [stays(list(weights), list(masks))]
         return _best(scores, wanted, [0] * len(scores))
     if scope == "leaf":
         wanted = [stays(w, m) for w, m in zip(weights, masks, strict=True)]

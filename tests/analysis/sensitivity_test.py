@@ -66,6 +66,27 @@ def total(params):
     return sum(jnp.sum(x) for x in jax.tree.leaves(params))
 
 
+def test_pq_index_of_a_tree_is_that_of_all_its_weights():
+    keys = jax.random.split(jax.random.key(0), 4)
+    tree = {
+        "a": jax.random.normal(keys[0], (5, 3)),
+        "b": jax.random.normal(keys[1], (7,)),
+    }
+    masks = {
+        k: jax.random.bernoulli(key, 0.5, tree[k].shape)
+        for k, key in zip(tree, keys[2:], strict=True)
+    }
+    flat, kept = (
+        jnp.concatenate([x.ravel() for x in jax.tree.leaves(t)]) for t in (tree, masks)
+    )
+    for mask, one in ((None, None), (masks, kept)):
+        np.testing.assert_allclose(
+            jp.analysis.pq_index(tree, mask), jp.analysis.pq_index(flat, one), rtol=1e-5
+        )
+    with pytest.raises(ValueError, match=r"mask: got leaves of the shapes \[\(7,\)\]"):
+        jp.analysis.pq_index(tree, masks["b"])
+
+
 def test_sensitivity_prunes_one_leaf_at_a_time():
     found = jp.analysis.sensitivity(lambda p: -total(p), params(), (0.25, 0.5))
     assert found.dense == pytest.approx(-33)
