@@ -63,15 +63,13 @@ def outlier_ratios(
     References:
       Yin et al., Outlier Weighed Layerwise Sparsity, arXiv 2310.05175, Sec. 3.2.
     """
-    work = _work.begin(fn, params, batches, where, block_of)
-    paths = list(dict.fromkeys(leaf.path for leaf in work.names))
-    _tree.check_patterns(paths, batch_axes or {}, name="batch_axes")
+    work = _work.begin(fn, params, batches, where, block_of, batch_axes)
     run = Run(params, work, token_weights, ("square",), offload)
     ratios = {}
     for i, block in enumerate(work.blocks.blocks[: work.last + 1]):
         own, picked = run.leaves(block), work.picked(block)
         if picked:
-            stats = run.calibrate(block, own, picked, batch_axes, rules)
+            stats = run.calibrate(block, own, picked, rules)
             found = [
                 scores.wanda(site.to_matrix(own[j]), jnp.asarray(inputs.square))
                 for j in picked
