@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from jaxprune import _tree, allocation, scores, tracing
 from jaxprune._tree import PyTree
-from jaxprune.posttrain import _work
+from jaxprune.posttrain import _mesh, _work
 from jaxprune.posttrain._run import Run, uses
 
 
@@ -70,12 +70,13 @@ def outlier_ratios(
         own, picked = run.leaves(block), work.picked(block)
         if picked:
             stats = run.calibrate(block, own, picked, rules)
-            found = [
-                scores.wanda(site.to_matrix(own[j]), jnp.asarray(inputs.square))
-                for j in picked
-                for site, inputs in uses(block.leaves[j], own[j], stats, str(j))
-            ]
-            ratio = float(allocation.outlier_ratio(found, multiple=multiple))
+            with _mesh.auto((own, stats)) as (free, known):
+                found = [
+                    scores.wanda(site.to_matrix(free[j]), jnp.asarray(inputs.square))
+                    for j in picked
+                    for site, inputs in uses(block.leaves[j], free[j], known, str(j))
+                ]
+                ratio = float(allocation.outlier_ratio(found, multiple=multiple))
             ratios |= {work.names[block.leaves[j]]: ratio for j in picked}
         if i < work.last:
             run.propagate(block, own)

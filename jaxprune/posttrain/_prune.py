@@ -15,7 +15,7 @@ from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation
 from jaxprune.calibration import Inputs, Statistics
 from jaxprune.calibration._calibrate import check_statistics
-from jaxprune.posttrain import _work
+from jaxprune.posttrain import _mesh, _work
 from jaxprune.posttrain._folder import Folder, Solved
 from jaxprune.posttrain._report import Report, Row
 from jaxprune.posttrain._run import Run, uses
@@ -140,10 +140,14 @@ def prune(
         pruned = None if folder is None else folder.restore(i, [own[j] for j in picked])
         if picked and pruned is None:
             stats = run.calibrate(block, own, picked, rules)
-            pruned = [
-                _solve(block, j, own[j], stats, method, refine, wanted, structure)
-                for j in picked
-            ]
+            pruned = []
+            for j in picked:
+                with _mesh.auto((own[j], stats)) as (w, known):
+                    solved = _solve(
+                        block, j, w, known, method, refine, wanted, structure
+                    )
+                w, mask = jax.device_put(solved[:2], getattr(own[j], "sharding", None))
+                pruned.append(Solved(w, mask, solved.rows))
             if folder is not None:
                 folder.save(i, pruned)
         for j, solved in zip(picked, pruned or (), strict=True):

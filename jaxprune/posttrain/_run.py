@@ -160,7 +160,7 @@ class Run:
         if path not in self.own:  # what is written into is ours
             self.own.add(path)
             self.weights[path] = xnp.copy(self.weights[path])
-            self.found[path] = xnp.ones(self.weights[path].shape, bool)
+            self.found[path] = xnp.ones_like(self.weights[path], bool)
         if self.offload:
             self.weights[path][layer], self.found[path][layer] = w, mask
             return
