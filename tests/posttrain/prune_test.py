@@ -289,59 +289,6 @@ def test_a_method_without_statistics_needs_no_weights_of_tokens():
     jax.tree.map(np.testing.assert_array_equal, found, plain)
 
 
-@pytest.mark.parametrize("leaves", ["dict", "tuple", "array"])
-def test_names_of_layers_that_nothing_holds(leaves):
-    w = jax.random.normal(jax.random.key(0), (2, 12, 12))
-    params = {"dict": {"u": w, "v": w}, "tuple": (w, w), "array": w}[leaves]
-
-    def fn(params, x):
-        def layer(x, own):
-            for w in jax.tree.leaves(own):
-                x = jnp.tanh(x @ w)
-            return x, None
-
-        return jax.lax.scan(layer, x, params)[0]
-
-    ratios = posttrain.outlier_ratios(fn, params, batches())
-    names = {"dict": "uv", "tuple": "01", "array": [""]}[leaves]
-    assert list(ratios) == [f"{i}/{n}".rstrip("/") for i in range(2) for n in names]
-    _, _, report = posttrain.prune(
-        fn, params, batches(), method=posttrain.magnitude(),
-        allocation={"*": 0.5, "1*": 0.25},
-    )  # fmt: skip
-    assert [r.block for r in report.rows] == [x for x in "01" for _ in names]
-    assert [r.sparsity for r in report.rows] == [
-        x for x in (0.5, 0.25) for _ in names
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("axes", [1, (0, 1), (-3, -4)])
-def test_batch_axes_count_the_axis_of_layers(axes):
-    params = {
-        name: jax.random.normal(jax.random.key(i), shape)
-        for i, (name, shape) in enumerate(
-            {"up": (2, 12, 4, 6), "down": (2, 4, 6, 12)}.items()
-        )
-    }
-
-    def fn(params, x):
-        def layer(x, w):
-            h = jnp.einsum("td,def->tef", x, w["up"])
-            return x + jnp.einsum("tef,efd->td", h, w["down"]), None
-
-        return jax.lax.scan(layer, x, {"layers": params}["layers"])[0]
-
-    _, _, report = posttrain.prune(
-        fn, params, batches(), method=posttrain.wanda(), sparsity=0.5,
-        where="down", batch_axes={"down": axes},
-    )  # fmt: skip
-    assert [row.shape for row in report.rows] == [(4, 6, 12)] * 2
-    with pytest.raises(ValueError, match=r"batch_axes: down has .* and no axis 4"):
-        posttrain.prune(
-            fn, params, batches(), sparsity=0.5, where="down", batch_axes={"down": 4}
-        )
-
-
 def test_keys_among_what_rests_on_the_host():
     params = {
         "layers": [jax.random.normal(jax.random.key(i), (12, 12)) for i in (0, 1)]
@@ -361,23 +308,23 @@ def test_keys_among_what_rests_on_the_host():
     jax.tree.map(np.testing.assert_array_equal, found[1], plain[1])
 
 
-def test_errors_name_the_leaf():
-    params = {"layers": {"w": jax.random.normal(jax.random.key(0), (2, 3, 18, 6))}}
-
-    def fn(params, x):
-        def layer(x, w):
-            sizes = jnp.array([16, 16, 32])
-            y = jax.lax.ragged_dot(jnp.tile(x, 3)[:, :18], w["w"], sizes)
-            return x + jnp.tile(y, 2), None
-
-        return jax.lax.scan(layer, x, params["layers"])[0]
-
-    run = functools.partial(posttrain.prune, fn, params, batches())
-    for structure in (jp.NM(2, 4), jp.Block(4, 2)):
-        with pytest.raises(ValueError, match=r"layers/w: .* where='!layers/w'"):
-            run(structure=structure, sparsity=0.5)
-    with pytest.raises(ValueError, match=r"the rows of layers/w\[0\] are sorted"):
-        run(sparsity=0.5, token_weights=lambda x: jnp.ones(len(x)))
+@pytest.mark.parametrize(
+    "make", [posttrain.sparsegpt, posttrain.alps], ids=["sparsegpt", "alps"]
+)
+def test_few_rows_and_dead_inputs_are_damped_and_reported(make):
+    fn, params = both()[1]
+    w = params["params"]["layers_0"]["down"]["kernel"]
+    dead = {"params": {**params["params"]}}  # no neuron 5: an input that is always 0
+    dead["params"]["layers_0"] = jax.tree.map(lambda x: x, dead["params"]["layers_0"])
+    up = dead["params"]["layers_0"]["up"]
+    up["kernel"], up["bias"] = (x.at[..., 5].set(0) for x in (up["kernel"], up["bias"]))
+    new, masks, report = posttrain.prune(
+        fn, dead, [batches()[0][:4]], method=make(damping=1e-12), sparsity=0.5
+    )
+    assert jp.masks.sparsity(masks) == 0.5
+    assert all(1e-12 < row.damping <= 1 for row in report.rows)
+    found = np.asarray(new["params"]["layers_0"]["down"]["kernel"])
+    assert np.isfinite(found).all() and not found[5].any() and np.asarray(w)[5].any()
 
 
 def test_obs_as_a_solver():
