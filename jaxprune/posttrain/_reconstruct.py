@@ -21,7 +21,7 @@ class Fitted(NamedTuple):
     Attributes:
       w: 0 where pruned, in the dtype of the weights given.
       error: `E[(x w_dense - x w)²]` of each output, float32 `[*stack, N]`.
-      initial_error: the same of the weights given.
+      initial_error: the same of the weights given, 0 where pruned.
     """
 
     w: Float[Array, "*stack K N"]
@@ -143,7 +143,7 @@ def _check(caller, w_dense, w, mask, inputs, steps) -> Array:
 
 def _finish(w_dense, w, new, mask, gram) -> Fitted:
     """Takes the new columns that are better once they are in the dtype of `w`."""
-    new = jnp.where(mask, new, 0).astype(w.dtype)
+    w, new = (jnp.where(mask, x, 0).astype(w.dtype) for x in (w, new))
     dense = _given.wide(w_dense)
     before, after = (column_errors(gram, dense - _given.wide(x)) for x in (w, new))
     better = after < before
