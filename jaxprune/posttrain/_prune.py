@@ -123,7 +123,7 @@ def prune(
     names = tuple(dict.fromkeys((*method.statistics, *statistics)))
     settings = {
         "method": method.name, "sparsity": sparsity, "structure": structure,
-        "allocation": allocation, "pruned": sorted(work.shapes), "refine": refine,
+        "allocation": allocation, "where": sorted(work.shapes), "refine": refine,
         "statistics": names, "propagate_error": propagate_error,
         "batch_axes": batch_axes, "block_of": block_of, "rules": rules,
         "token_weights": token_weights,

@@ -69,13 +69,22 @@ def begun(tmp_path_factory):
     ("options", "message"),
     [
         ({"sparsity": 0.25}, r"sparsity: .* was begun with 0.5"),
+        ({"where": "*/up"}, r"where: .* was begun with \('layers/0/down', "),
         ({"method": posttrain.magnitude()}, "method: .* was begun with"),
         ({"batches": arguments()[1][:2]}, "batches: .* was begun with other values"),
         ({"fn": functools.partial(model, act=jnp.sin)}, "fn: .* was begun with"),
         ({"fn": functools.partial(model, scale=0.5)}, "fn: .* was begun with"),
         ({"fn": functools.partial(model, table=TABLE + 1)}, "fn: .* was begun with"),
     ],
-    ids=["sparsity", "method", "batches", "fn", "its literals", "its constants"],
+    ids=[
+        "sparsity",
+        "where",
+        "method",
+        "batches",
+        "fn",
+        "its literals",
+        "its constants",
+    ],
 )
 def test_other_arguments_are_refused(options, message, begun):
     with pytest.raises(ValueError, match=message):
