@@ -193,7 +193,10 @@ def _solve(
         dense = site.to_matrix(w)
         stack, batch, k, n = dense.shape
         _check_units(structure, leaf.path, dense)
-        solution = method.solve(dense, inputs, wanted[leaf], structure)
+        try:
+            solution = method.solve(dense, inputs, wanted[leaf], structure)
+        except ValueError as e:
+            raise ValueError(f"{leaf}: {e}") from e
         if refine is not None:
             solution = _refined(refine, dense, solution, inputs)
         new = site.from_matrix(solution.w, new)

@@ -85,5 +85,7 @@ def test_errors_name_the_leaf():
     for structure in (jp.NM(2, 4), jp.Block(4, 2)):
         with pytest.raises(ValueError, match=r"layers/w: .* where='!layers/w'"):
             run(structure=structure, sparsity=0.5)
+    with pytest.raises(ValueError, match=r"layers/w\[0\]: inputs: no row other than 0"):
+        posttrain.prune(fn, params, [0 * batches()[0]], sparsity=0.5)
     with pytest.raises(ValueError, match=r"the rows of layers/w\[0\] are sorted"):
         run(sparsity=0.5, token_weights=lambda x: jnp.ones(len(x)))
