@@ -77,6 +77,11 @@ def is_float(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
+def is_key(leaf: Any) -> bool:
+    """Whether `leaf` is an array of typed random keys."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def selection(tree: PyTree, where: Where) -> list[bool]:
     """Says for each leaf of `flatten(tree)` whether it may be pruned.
 

@@ -66,7 +66,7 @@ def plan(
       ... ).total / 2**20
       64.000003...
     """
-    names = _checked(statistics)
+    names = check_statistics(statistics)
     trace = tracing.sites(
         fn, params, *args, where=where, rules=rules, batch_axes=batch_axes
     )
@@ -105,8 +105,9 @@ def calibrate(
       statistics: what to collect: `"square"`, the mean square of each input; `"mean"`;
         `"variance"`, with the mean; `"gram"`, the mean of x xᵀ. See `Inputs`.
       where: leaves, as in `jaxprune.prune`; by default all.
-      token_weights: `token_weights(*args)` gives a weight for each token, 0 for padding.
-        Its axes are the first axes of the rows of each product.
+      token_weights: `token_weights(*args)` gives a weight for each token, 0 for padding,
+        where activations may be anything, NaN too. Its axes are the first axes of the
+        rows of each product.
       empty_rows: glob patterns of leaves for which rows of zeros are none: slots of an
         expert that no token was sent to. Its count then is that of its tokens, and means
         are over these. What shares an activation with such a leaf counts as it does.
@@ -162,7 +163,7 @@ def collect(
 
     `name_of` gives what a leaf is called in messages.
     """
-    names = _checked(statistics)
+    names = check_statistics(statistics)
     stats, pending, count = None, None, 0
     seen = set()
     for batch in batches:
@@ -174,8 +175,9 @@ def collect(
                 closed, params, where=where, rules=rules, batch_axes=batch_axes
             )
             sparse = _matching(empty_rows, trace)
-            step = _Step(closed, trace, names, token_weights, sparse, (params, args))
-            steps[key] = step
+            steps[key] = _Step(
+                closed, trace, names, token_weights, sparse, name_of, (params, args)
+            )
         step = steps[key]
         if stats is None:
             stats = step.first(initial)
@@ -219,7 +221,7 @@ def init(
     trace = tracing.sites(
         fn, params, *args, where=where, rules=rules, batch_axes=batch_axes
     )
-    return of_trace(trace, _checked(statistics))
+    return of_trace(trace, check_statistics(statistics))
 
 
 class _Step:
@@ -232,6 +234,7 @@ class _Step:
         statistics: Sequence[str],
         token_weights: Callable[..., Array] | None,
         sparse: frozenset[int],
+        name_of: Callable[[str], str],
         inputs: PyTree,
     ):
         self.closed, self.trace, self.token_weights = closed, trace, token_weights
@@ -239,7 +242,7 @@ class _Step:
         self.empty = jax.eval_shape(lambda: of_trace(trace, statistics))
         self.paths = [""] * len(trace.readings)
         for site in reversed(trace.sites):
-            self.paths[site.activation] = site.path
+            self.paths[site.activation] = name_of(site.path)
         # Where they are from the first batch to the last, so that one program does.
         self.sharding = _everywhere(inputs)
         shardings = jax.tree.map(lambda _: self.sharding, self.empty)
@@ -322,7 +325,8 @@ def _matching(patterns: str | Sequence[str], trace: tracing.Trace) -> frozenset[
     return frozenset(s.activation for s in sites)
 
 
-def _checked(statistics: Sequence[str]) -> tuple[str, ...]:
+def check_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
+    """The names, in the order of fields; refuses others."""
     if isinstance(statistics, str):
         raise TypeError(
             f"statistics: got the string {statistics!r}; expected a sequence of names. "

@@ -72,6 +72,8 @@ def moments(
         weighted = rows
     else:
         weights = jnp.broadcast_to(weights.astype(jnp.float32), (batch, n))
+        # What does not count may be anything: padding is often NaN.
+        rows = jnp.where(weights[..., None] != 0, rows, 0)
         count = jnp.sum(weights, axis=1)
         weighted = rows.astype(jnp.float32) * weights[..., None]
     scale = jnp.where(count > 0, 1 / jnp.where(count > 0, count, 1), 0)  # [batch]

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxprune import _tree
@@ -29,14 +30,20 @@ def open_folder(
       arrays: trees of arrays that do too; kept as checksums.
 
     Raises:
-      ValueError: naming what differs from what was begun.
+      ValueError: naming what differs from what was begun; or if that cannot be read.
     """
     folder = pathlib.Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     now = {name: spelled(x) for name, x in settings.items()}
     now |= {name: _sums(x) for name, x in arrays.items()}
     path = folder / "settings.json"
-    then = json.loads(path.read_text()) if path.exists() else now
+    try:
+        then = json.loads(path.read_text()) if path.exists() else now
+    except ValueError as e:
+        raise ValueError(
+            f"directory: {path} cannot be read ({e}), so it is not known what {folder} was "
+            "begun with. Choose another directory, or remove this one."
+        ) from e
     for name in {**then, **now}:
         if then.get(name) != now.get(name):
             shown = "other values" if name in arrays else then.get(name)
@@ -59,12 +66,11 @@ def spelled(x: Any) -> str:
     if isinstance(x, functools.partial):
         return f"{spelled(x.func)}{spelled((x.args, x.keywords))}"
     if isinstance(x, types.FunctionType):
-        code = x.__code__
-        consts = [c for c in code.co_consts if not isinstance(c, types.CodeType)]
-        does = f"{code.co_code.hex()}{code.co_names}{consts}"
         held = [c.cell_contents for c in x.__closure__ or ()]
-        held += [x.__defaults__, x.__kwdefaults__]
-        return f"{x.__qualname__}#{zlib.crc32((does + spelled(held)).encode()):08x}"
+        held += [x.__code__, x.__defaults__, x.__kwdefaults__]
+        return f"{x.__qualname__}#{zlib.crc32(spelled(held).encode()):08x}"
+    if isinstance(x, types.CodeType):
+        return f"{x.co_code.hex()}{x.co_names}{spelled(x.co_consts)}"
     if isinstance(x, dict):
         return f"{{{', '.join(f'{k!r}: {spelled(v)}' for k, v in x.items())}}}"
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
@@ -72,6 +78,12 @@ def spelled(x: Any) -> str:
         return type(x).__qualname__ + spelled(dict(own))
     if isinstance(x, list | tuple):
         return f"({', '.join(map(spelled, x))})"
+    if isinstance(x, set | frozenset):  # their order is not the same in every process
+        return f"{{{', '.join(sorted(map(spelled, x)))}}}"
+    if isinstance(
+        x, np.ndarray | jax.Array
+    ):  # of long ones, text leaves out the middle
+        return f"{x.dtype}{list(x.shape)}#{checksum(x):08x}"
     if wrapped := getattr(x, "__wrapped__", None):  # as jax.jit leaves it
         return f"{type(x).__qualname__}({spelled(wrapped)})"
     text = repr(x)
@@ -83,7 +95,12 @@ def _sums(tree: PyTree) -> dict[str, int]:
     found = {}
     for path, x in zip(*_tree.flatten(tree)[:2], strict=True):
         if not _tree.is_hole(x):
-            x = np.asarray(x)
-            start = zlib.crc32(f"{x.dtype}{x.shape}".encode())
-            found[path] = zlib.crc32(np.ascontiguousarray(x).tobytes(), start)
+            found[path] = checksum(x)
     return found
+
+
+def checksum(x: Any) -> int:
+    """Of an array: its values, dtype and shape."""
+    x = np.asarray(jax.random.key_data(x) if _tree.is_key(x) else x)
+    start = zlib.crc32(f"{x.dtype}{x.shape}".encode())
+    return zlib.crc32(np.ascontiguousarray(x).tobytes(), start)

@@ -3,7 +3,7 @@
 import functools
 
 import jax.numpy as jnp
-from jax import lax
+from jax import core, lax
 from jaxtyping import Array, Bool, Float
 
 from jaxprune.calibration import Inputs
@@ -50,7 +50,8 @@ def dsnot(
       A mask with as many kept in each column as before, and the sizes of the errors `e`.
 
     Raises:
-      ValueError: if shapes do not fit, a statistic is missing, or `cycles` is below 1.
+      ValueError: if shapes do not fit, the mask does not obey the structure (not seen
+        under `jit`), a statistic is missing, or `cycles` is below 1.
       TypeError: if the structure is another one, or the mask is not boolean.
 
     Example:
@@ -74,7 +75,7 @@ def dsnot(
     if cycles < 1:
         raise ValueError(f"dsnot: got cycles={cycles}; expected at least 1.")
     if isinstance(structure, NM):
-        _check_nm(structure, w)
+        _check_nm(structure, w, mask)
         swap = functools.partial(
             _swap_in_groups, m=structure.m, stride=structure.stride
         )
@@ -178,7 +179,7 @@ def _put(mask: Array, rows: Array, where: Array, value: bool) -> Array:
     return mask.at[rows, columns].set(jnp.where(where, value, _at(mask, rows)))
 
 
-def _check_nm(structure: NM, w: Array) -> None:
+def _check_nm(structure: NM, w: Array, mask: Array) -> None:
     k_axes, _ = structure.matrix_axes("dsnot: w", w.shape)
     if k_axes != (w.ndim - 2,):
         raise ValueError(
@@ -186,3 +187,13 @@ def _check_nm(structure: NM, w: Array) -> None:
             "expected the contracted axis -2. Turn the matrix so that inputs come first."
         )
     structure.units("dsnot: w", w)
+    if isinstance(mask, core.Tracer):
+        return
+    groups = (*w.shape[:-2], -1, structure.m, structure.stride, w.shape[-1])
+    most = int(jnp.max(jnp.sum(jnp.reshape(mask, groups), axis=-3)))
+    if most > structure.n:
+        raise ValueError(
+            f"dsnot: mask keeps {most} of a group, which {structure} forbids; swaps keep "
+            "the number of each group. Give a mask that obeys it, or structure="
+            "Unstructured()."
+        )

@@ -2,15 +2,18 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array, Bool
 
 from jaxprune import checkpoint, masks
 from jaxprune._tree import PyTree
-from jaxprune.checkpoint._folder import open_folder
+from jaxprune.checkpoint._folder import checksum, open_folder
 from jaxprune.posttrain._report import Row
 
 
@@ -20,13 +23,15 @@ class Folder:
     def __init__(
         self,
         directory: str | os.PathLike[str],
+        fn: Callable[..., Any],
         params: PyTree,
-        batches: Sequence[PyTree],
+        batches: Sequence[tuple],
         settings: Mapping[str, Any],
     ):
-        self.path = open_folder(
-            directory, settings, {"params": params, "batches": list(batches)}
-        )
+        closed = jax.make_jaxpr(fn)(params, *batches[0])
+        what = f"{zlib.crc32(_equations(closed).encode()):08x}"
+        arrays = {"params": params, "batches": list(batches)}
+        self.path = open_folder(directory, {**settings, "fn": what}, arrays)
 
     def save(self, i: int, solved: Sequence["Solved"]) -> None:
         """Keeps what was found in block `i`; complete, or not there."""
@@ -36,13 +41,23 @@ class Folder:
         checkpoint.save(self.path / f"block_{i}", tree)
 
     def restore(self, i: int, dense: Sequence[Array]) -> list["Solved"] | None:
-        """What was found in block `i`, whose dense leaves these are, or `None`."""
+        """What was found in block `i`, whose dense leaves these are, or `None`.
+
+        Raises:
+          ValueError: if it is there, but cannot be read.
+        """
         path = self.path / f"block_{i}"
         if not path.exists():
             return None
         like = [(w, masks.pack_leaf(jnp.ones_like(w, bool))) for w in dense]
-        tree = checkpoint.restore(path, like=like)
-        rows = json.loads(path.with_suffix(".json").read_text())
+        try:
+            tree = checkpoint.restore(path, like=like)
+            rows = json.loads(path.with_suffix(".json").read_text())
+        except Exception as e:  # Orbax has many
+            raise ValueError(
+                f"directory: {path} is there, but cannot be read ({e}). Remove it, and the "
+                "block is pruned again."
+            ) from e
         return [
             Solved(w, masks.as_bool(mask), list(map(_row, own)))
             for (w, mask), own in zip(tree, rows, strict=True)
@@ -60,3 +75,32 @@ class Solved(NamedTuple):
 def _row(values: Sequence[Any]) -> Row:
     row = Row(*values)
     return row._replace(shape=tuple(row.shape))
+
+
+def _equations(closed: ClosedJaxpr | Jaxpr) -> str:
+    """A jaxpr in words that are the same in every process, and others for another function.
+
+    Its own text is not: in it are addresses, and sets in any order.
+    """
+    is_closed = isinstance(closed, ClosedJaxpr)
+    jaxpr = closed.jaxpr if is_closed else closed
+    numbers: dict[Any, int] = {}
+
+    def name(x: Any) -> str:
+        if isinstance(x, Literal):
+            return repr(x.val)
+        return f"{numbers.setdefault(x, len(numbers))}:{x.aval}"
+
+    def option(x: Any) -> str:
+        if isinstance(x, ClosedJaxpr | Jaxpr):
+            return _equations(x)
+        return str(x) if isinstance(x, bool | int | float | None) else ""
+
+    lines = [str(checksum(x)) for x in closed.consts] if is_closed else []
+    for eqn in jaxpr.eqns:
+        options = jax.tree.leaves(
+            dict(eqn.params), is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)
+        )
+        parts = [*map(name, (*eqn.invars, *eqn.outvars)), *map(option, options)]
+        lines.append(f"{eqn.primitive.name} {' '.join(parts)}")
+    return "\n".join([*lines, *map(name, jaxpr.outvars)])

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxprune.calibration import Inputs
@@ -77,3 +78,13 @@ def statistic(caller: str, inputs: Inputs, name: str, w: Array) -> Array:
 def wide(x: Array) -> Array:
     """In at least float32."""
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+
+
+def dot(a: Array, b: Array) -> Array:
+    """The product, as exact as the dtypes are."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def column_errors(gram: Array, change: Array) -> Float[Array, "N"]:
+    """`cᵀ G c` of each column c."""
+    return jnp.sum(change * dot(gram, change), axis=0)

@@ -51,7 +51,8 @@ def factor(gram: Float[Array, "K K"], damping: float) -> Factored:
 def escalation(damping: float) -> np.ndarray:
     """What to try, in turn: from `damping` on ten times more, up to the whole mean."""
     steps = max(0, math.ceil(-math.log10(damping) - 1e-9))
-    return np.asarray([damping * 10**i for i in range(steps + 1)], np.float32)
+    shares = [min(damping * 10**i, max(damping, 1)) for i in range(steps + 1)]
+    return np.asarray(shares, np.float32)
 
 
 def cholesky(h: Float[Array, "K K"]) -> Float[Array, "K K"]:

@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float, Key
 
 from jaxprune.calibration import Inputs
 from jaxprune.posttrain import _given, _solver
-from jaxprune.posttrain._given import Refined
-from jaxprune.posttrain._programs import anneal, dot, icbs_program
+from jaxprune.posttrain._given import Refined, column_errors, dot
+from jaxprune.posttrain._programs import anneal, icbs_program
 
 
 class Step(NamedTuple):
@@ -181,7 +181,7 @@ def icbs_step(
 
 def _columns(w, mask, gram, key, *, rounds, size, rest, temperatures) -> Refined:
     wide = _given.wide(w)
-    before = _errors(gram, wide, mask)
+    before = column_errors(gram, jnp.where(mask, 0, wide))
     solve = jax.vmap(
         functools.partial(_round, gram=gram, size=size, temperatures=temperatures),
         in_axes=(1, 1, 1, 1, 0),
@@ -198,7 +198,7 @@ def _columns(w, mask, gram, key, *, rounds, size, rest, temperatures) -> Refined
 
     last = jnp.full(w.shape, -rounds - rest - 2)
     (kept, _), _ = lax.scan(step, (mask, last), jnp.arange(rounds))
-    after = _errors(gram, wide, kept)
+    after = column_errors(gram, jnp.where(kept, 0, wide))
     better = after < before
     return Refined(
         jnp.where(better, kept, mask), jnp.where(better, after, before), before
@@ -237,8 +237,3 @@ def _block(order, kept, tabu, first: int, size: int) -> tuple[Array, Array]:
     places = jnp.concatenate([back, goes])
     is_first = jnp.arange(size) < first
     return places, ~tabu[places] & (kept[places] != is_first)
-
-
-def _errors(gram: Array, w: Array, mask: Array) -> Float[Array, "N"]:
-    change = jnp.where(mask, 0, w)
-    return jnp.sum(change * dot(gram, change), axis=0)

@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from jaxprune import _tree, allocation, scores, tracing
 from jaxprune._tree import PyTree
-from jaxprune.posttrain import _work
+from jaxprune.posttrain import _mesh, _work
 from jaxprune.posttrain._run import Run, uses
 
 
@@ -63,21 +63,20 @@ def outlier_ratios(
     References:
       Yin et al., Outlier Weighed Layerwise Sparsity, arXiv 2310.05175, Sec. 3.2.
     """
-    work = _work.begin(fn, params, batches, where, block_of)
-    paths = list(dict.fromkeys(leaf.path for leaf in work.names))
-    _tree.check_patterns(paths, batch_axes or {}, name="batch_axes")
+    work = _work.begin(fn, params, batches, where, block_of, batch_axes)
     run = Run(params, work, token_weights, ("square",), offload)
     ratios = {}
     for i, block in enumerate(work.blocks.blocks[: work.last + 1]):
         own, picked = run.leaves(block), work.picked(block)
         if picked:
-            stats = run.calibrate(block, own, picked, batch_axes, rules)
-            found = [
-                scores.wanda(site.to_matrix(own[j]), jnp.asarray(inputs.square))
-                for j in picked
-                for site, inputs in uses(block.leaves[j], own[j], stats, str(j))
-            ]
-            ratio = float(allocation.outlier_ratio(found, multiple=multiple))
+            stats = run.calibrate(block, own, picked, rules)
+            with _mesh.auto((own, stats)) as (free, known):
+                found = [
+                    scores.wanda(site.to_matrix(free[j]), jnp.asarray(inputs.square))
+                    for j in picked
+                    for site, inputs in uses(block.leaves[j], free[j], known, str(j))
+                ]
+                ratio = float(allocation.outlier_ratio(found, multiple=multiple))
             ratios |= {work.names[block.leaves[j]]: ratio for j in picked}
         if i < work.last:
             run.propagate(block, own)

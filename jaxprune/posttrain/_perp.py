@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Key
 
 from jaxprune import _tree
@@ -41,7 +40,7 @@ class LoRA:
 
     def merge(self, w: Array, mask: Array) -> Array:
         """The weights with the factors in them, in their dtype; 0 where pruned."""
-        product = jnp.matmul(self.a, self.b, precision=lax.Precision.HIGHEST)
+        product = _given.dot(self.a, self.b)
         old = _given.wide(w)
         new = old * product if self.scale is None else old + self.scale * product
         return jnp.where(mask, new, 0).astype(w.dtype)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
+from jaxprune.posttrain._given import dot
+
 
 class Program(NamedTuple):
     """`linear · x + xᵀ quadratic x + constant` of x in {0, 1}ⁿ, where 1 prunes a weight.
@@ -167,7 +169,3 @@ def _swaps(program: Program, pruned: Array, free: Array) -> Float[Array, "n n"]:
     diagonal = jnp.diagonal(q)
     change = (gain + diagonal) - (gain - diagonal)[:, None] - 2 * q
     return jnp.where((pruned & free)[:, None] & (~pruned & free), change, jnp.inf)
-
-
-def dot(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

@@ -1,18 +1,21 @@
 """One-shot pruning of a whole model, block by block."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxprune import _tree, masks, tracing
+from jaxprune import _tree, masks, structures, tracing
 from jaxprune import allocation as allocations
 from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation
 from jaxprune.calibration import Inputs, Statistics
-from jaxprune.posttrain import _work
+from jaxprune.calibration._calibrate import check_statistics
+from jaxprune.posttrain import _mesh, _work
 from jaxprune.posttrain._folder import Folder, Solved
 from jaxprune.posttrain._report import Report, Row
 from jaxprune.posttrain._run import Run, uses
@@ -68,7 +71,7 @@ def prune(
         own, and is called as in an unrolled model: `"layers/3/up/kernel"`.
       where: which leaves are pruned; see `jaxprune.prune`.
       refine: `refine(w, solution, inputs) -> solution`, called after the solver with the
-        dense matrices `[stack, batch, K, N]`.
+        dense matrices `[stack, batch, K, N]`; gives weights and mask that fit each other.
       statistics: what `refine` needs beside what the solver does; fields of `Inputs`.
       propagate_error: whether the inputs of a block are those behind pruned blocks, or
         those of the dense model.
@@ -81,7 +84,8 @@ def prune(
         NumPy arrays, and only what a block needs comes to the device. Parameters may be
         given there; pruned ones and masks are there when they come back. For one process.
       directory: where each block is saved when it is done. A run that was killed goes on
-        there if it is started again with the same arguments.
+        there if it is started again with the same arguments: arrays of the same values,
+        and an `fn` of the same equations.
       progress: `progress(name, i, n)`, called in front of block `i` of `n`.
 
     Returns:
@@ -91,7 +95,9 @@ def prune(
     Raises:
       ValueError: if there is no batch, activations or statistics are not finite, a chosen
         leaf cannot be followed to where it is used, is used in several blocks or in two
-        ways, or `directory` was begun with other arguments.
+        ways, `refine` gives what does not fit, or `directory` was begun with other
+        arguments or cannot be read.
+      TypeError: if `method` is no solver, or `refine` gives no solution.
 
     Example:
       >>> def fn(params, x):
@@ -105,21 +111,26 @@ def prune(
       >>> jp.masks.sparsity(masks)
       0.5
     """
-    work = _work.begin(fn, params, batches, where, block_of)
+    if not isinstance(method, Solver):
+        raise TypeError(
+            f"method: got {method!r}; expected a solver, such as posttrain.wanda() or "
+            "posttrain.sparsegpt(damping=0.1)."
+        )
+    if statistics:
+        check_statistics(statistics)
+    work = _work.begin(fn, params, batches, where, block_of, batch_axes)
     wanted = _sparsities(work, sparsity, structure, allocation)
-    paths = list(dict.fromkeys(leaf.path for leaf in wanted))
-    _tree.check_patterns(paths, batch_axes or {}, name="batch_axes")
     names = tuple(dict.fromkeys((*method.statistics, *statistics)))
     settings = {
         "method": method.name, "sparsity": sparsity, "structure": structure,
-        "allocation": allocation, "pruned": sorted(work.shapes), "refine": refine,
+        "allocation": allocation, "where": sorted(work.shapes), "refine": refine,
         "statistics": names, "propagate_error": propagate_error,
         "batch_axes": batch_axes, "block_of": block_of, "rules": rules,
         "token_weights": token_weights,
     }  # fmt: skip
     folder = None
     if directory is not None:
-        folder = Folder(directory, params, work.batches, settings)
+        folder = Folder(directory, fn, params, work.batches, settings)
     run = Run(params, work, token_weights, names, offload)
     rows: list[Row] = []
     for i, block in enumerate(work.blocks.blocks[: work.last + 1]):
@@ -128,11 +139,15 @@ def prune(
         own, picked = run.leaves(block), work.picked(block)
         pruned = None if folder is None else folder.restore(i, [own[j] for j in picked])
         if picked and pruned is None:
-            stats = run.calibrate(block, own, picked, batch_axes, rules)
-            pruned = [
-                _solve(block, j, own[j], stats, method, refine, wanted, structure)
-                for j in picked
-            ]
+            stats = run.calibrate(block, own, picked, rules)
+            pruned = []
+            for j in picked:
+                with _mesh.auto((own[j], stats)) as (w, known):
+                    solved = _solve(
+                        block, j, w, known, method, refine, wanted, structure
+                    )
+                w, mask = jax.device_put(solved[:2], getattr(own[j], "sharding", None))
+                pruned.append(Solved(w, mask, solved.rows))
             if folder is not None:
                 folder.save(i, pruned)
         for j, solved in zip(picked, pruned or (), strict=True):
@@ -177,9 +192,13 @@ def _solve(
         start = time.perf_counter()
         dense = site.to_matrix(w)
         stack, batch, k, n = dense.shape
-        solution = method.solve(dense, inputs, wanted[leaf], structure)
+        _check_units(structure, leaf.path, dense)
+        try:
+            solution = method.solve(dense, inputs, wanted[leaf], structure)
+        except ValueError as e:
+            raise ValueError(f"{leaf}: {e}") from e
         if refine is not None:
-            solution = refine(dense, solution, inputs)
+            solution = _refined(refine, dense, solution, inputs)
         new = site.from_matrix(solution.w, new)
         mask = site.from_matrix(solution.mask, mask)
         error = float("nan")
@@ -201,3 +220,32 @@ def _solve(
             )
         )  # fmt: skip
     return Solved(new, mask, rows)
+
+
+def _check_units(structure: Structure, path: str, w: Array) -> None:
+    """Refuses groups or blocks that do not divide a matrix, by the path of the leaf."""
+    if isinstance(structure, NM | structures.Block):
+        plain = dataclasses.replace(structure, axis=-2)
+        plain.units(path, jax.ShapeDtypeStruct(w.shape[-2:], w.dtype))
+
+
+def _refined(
+    refine: Refine, dense: Array, solution: Solution, inputs: Inputs
+) -> Solution:
+    found = refine(dense, solution, inputs)
+    if not isinstance(found, Solution):
+        raise TypeError(
+            f"refine: it gave {type(found).__name__}; expected a Solution, such as "
+            "solution._replace(w=jnp.where(mask, w, 0), mask=mask)."
+        )
+    if not found.w.shape == found.mask.shape == dense.shape or found.mask.dtype != bool:
+        raise ValueError(
+            f"refine: it gave w of {found.w.shape} and a mask of {found.mask.shape}, "
+            f"{found.mask.dtype}; expected {dense.shape}, the mask of booleans."
+        )
+    if bool(jnp.any((found.w != 0) & ~found.mask)):
+        raise ValueError(
+            "refine: weights that its mask prunes are not 0. Give it both: "
+            "solution._replace(w=jnp.where(mask, w, 0), mask=mask)."
+        )
+    return found

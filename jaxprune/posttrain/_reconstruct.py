@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from jaxprune.calibration import Inputs
 from jaxprune.posttrain import _given, _solver
+from jaxprune.posttrain._given import column_errors, dot
 from jaxprune.posttrain._perp import lora_init
 
 
@@ -20,7 +21,7 @@ class Fitted(NamedTuple):
     Attributes:
       w: 0 where pruned, in the dtype of the weights given.
       error: `E[(x w_dense - x w)²]` of each output, float32 `[*stack, N]`.
-      initial_error: the same of the weights given.
+      initial_error: the same of the weights given, 0 where pruned.
     """
 
     w: Float[Array, "*stack K N"]
@@ -140,18 +141,9 @@ def _check(caller, w_dense, w, mask, inputs, steps) -> Array:
     return _given.statistic(caller, inputs, "gram", w)
 
 
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
-
-
-def column_errors(gram: Array, change: Array) -> Float[Array, "N"]:
-    """`cᵀ G c` of each column c."""
-    return jnp.sum(change * _dot(gram, change), axis=0)
-
-
 def _finish(w_dense, w, new, mask, gram) -> Fitted:
     """Takes the new columns that are better once they are in the dtype of `w`."""
-    new = jnp.where(mask, new, 0).astype(w.dtype)
+    w, new = (jnp.where(mask, x, 0).astype(w.dtype) for x in (w, new))
     dense = _given.wide(w_dense)
     before, after = (column_errors(gram, dense - _given.wide(x)) for x in (w, new))
     better = after < before
@@ -163,13 +155,13 @@ def _conjugate_gradients(w_dense, w, mask, gram, *, steps) -> Fitted:
     inverse = 1 / jnp.where(diagonal > 0, diagonal, 1)[:, None]  # [K, 1]
     dense = _given.wide(w_dense)
     start = jnp.where(mask, _given.wide(w), 0)
-    residual = jnp.where(mask, _dot(gram, dense - start), 0)
+    residual = jnp.where(mask, dot(gram, dense - start), 0)
     # Below this a column is solved to the precision there is.
     least = 1e-14 * column_errors(gram, dense)
 
     def step(_, state):
         x, residual, along, size = state
-        turned = jnp.where(mask, _dot(gram, along), 0)
+        turned = jnp.where(mask, dot(gram, along), 0)
         curvature = jnp.sum(along * turned, axis=0)  # [N]
         move = (size > least) & (curvature > 0)
         length = jnp.where(move, size / jnp.where(move, curvature, 1), 0)

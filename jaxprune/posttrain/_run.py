@@ -47,6 +47,7 @@ class Run:
         self.found: dict[str, Any] = {}  # masks
         self.own: set[str] = set()  # leaves that are no longer the caller's
         self.statistics = statistics
+        self.batch_axes = work.batch_axes
         # Without statistics only shapes are needed, and nothing is run.
         batches = work.batches
         if not statistics:
@@ -57,7 +58,7 @@ class Run:
             self.values.append({})
             self.keep(self.values[-1], work.blocks.inputs, jax.tree.leaves(args))
         self.tokens = None
-        if token_weights is not None:
+        if token_weights is not None and statistics:
             self.tokens = [token_weights(*args) for args in batches]
         # Behind which block a value is read for the last time.
         used = enumerate(work.blocks.blocks[: work.last + 1])
@@ -86,8 +87,8 @@ class Run:
         return tuple(_placed(x, self.placed.get(slot)) for x, slot in each)
 
     def rest(self, x: Array) -> Any:
-        """An array where it is kept until it is needed."""
-        return np.array(x) if self.offload else x
+        """An array where it is kept until it is needed; keys stay where they are."""
+        return np.array(x) if self.offload and not _tree.is_key(x) else x
 
     def keep(self, values: Values, slots: Sequence[Slot], found: Iterable[Any]) -> None:
         """Keeps what a block gave."""
@@ -102,7 +103,6 @@ class Run:
         block: Block,
         own: tuple[Array, ...],
         picked: Sequence[int],
-        batch_axes: Mapping[str, Any] | None,
         rules: Mapping[str, Any] | None,
     ) -> Statistics:
         """Statistics of some leaves of a block, over all batches."""
@@ -112,7 +112,7 @@ class Run:
             del leaf
             return int(path) in picked
 
-        axes = _axes_of(block, picked, batch_axes or {})
+        axes = _axes_of(block, picked, self.batch_axes)
         options = {"where": where, "batch_axes": axes, "rules": rules}
         if not self.statistics:
             reads = self.reads(block, self.values[0])
@@ -160,7 +160,7 @@ class Run:
         if path not in self.own:  # what is written into is ours
             self.own.add(path)
             self.weights[path] = xnp.copy(self.weights[path])
-            self.found[path] = xnp.ones(self.weights[path].shape, bool)
+            self.found[path] = xnp.ones_like(self.weights[path], bool)
         if self.offload:
             self.weights[path][layer], self.found[path][layer] = w, mask
             return
@@ -215,17 +215,17 @@ def uses(
 
 
 def _axes_of(
-    block: Block, picked: Sequence[int], table: Mapping[str, Any]
+    block: Block, picked: Sequence[int], table: Mapping[str, frozenset[int]]
 ) -> dict[str, tuple[int, ...]]:
     """`batch_axes` for the leaves of a block, which are called by their numbers."""
     found = {}
     for j in picked:
         path, layer = block.leaves[j]
-        axes = _tree.lookup(path, table)
-        if axes is not None:
-            axes = axes if isinstance(axes, Iterable) else (axes,)
-            gone = layer is not None
-            found[str(j)] = tuple(a - 1 if gone and a > 0 else a for a in axes)
+        axes = sorted(table.get(path, ()))
+        if layer is not None:  # the first axis is gone
+            axes = [a - 1 for a in axes if a]
+        if axes:
+            found[str(j)] = tuple(axes)
     return found
 
 

@@ -58,7 +58,8 @@ class Solver(NamedTuple):
       solve: `solve(w, inputs, sparsity, structure) -> Solution`. The matrices `w` are
         `[*stack, K, N]`, in float32 or less, and `inputs` have the same `[*stack]`.
         `sparsity` is a Python number, or `None` with `NM`, which fixes it. Pure, and
-        compiled once for each shape and set of options.
+        compiled once for each shape and set of options. Weights that are sharded must
+        be so on a mesh with automatic axes; `prune` takes those of any mesh.
     """
 
     name: str
@@ -188,8 +189,8 @@ def check(
     if not isinstance(structure, Unstructured | NM | Block):
         raise TypeError(
             f"structure: got {structure!r}; expected Unstructured(), NM(2, 4) or "
-            f"Block(16, 16): {name} prunes within one matrix. Whole neurons or heads are "
-            "for jaxprune.structured."
+            f"Block(16, 16): {name} prunes within one matrix, and no whole "
+            "neurons or heads."
         )
     if isinstance(structure, Unstructured):
         return allocation.exact(sparsity), structure

@@ -1,6 +1,6 @@
 """What one-shot pruning has to do: the blocks of a function, and the leaves in each."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +8,8 @@ import jax
 from jaxprune import _tree, tracing
 from jaxprune._tree import PyTree
 from jaxprune.tracing import Block, Blocks, Leaf
+from jaxprune.tracing._blocks import joined
+from jaxprune.tracing._trace import axes_by_leaf
 
 
 class Work(NamedTuple):
@@ -19,6 +21,7 @@ class Work(NamedTuple):
       names: of the chosen leaves, and of each layer of those that a scan runs over: as it
         would be called in an unrolled model, `"layers/3/up/kernel"`.
       shapes: of the same, by name.
+      batch_axes: of the chosen leaves that have some.
       last: the last block with one of them.
     """
 
@@ -26,6 +29,7 @@ class Work(NamedTuple):
     blocks: Blocks
     names: dict[Leaf, str]
     shapes: dict[str, tuple[int, ...]]
+    batch_axes: dict[str, frozenset[int]]
     last: int
 
     def picked(self, block: Block) -> list[int]:
@@ -39,6 +43,7 @@ def begin(
     batches: Iterable[Any],
     where: _tree.Where,
     block_of: tracing.BlockOf,
+    batch_axes: Mapping[str, int | tuple[int, ...]] | None,
 ) -> Work:
     """Cuts the function; refuses what cannot be done, before anything is run."""
     listed = _listed(batches)
@@ -46,6 +51,7 @@ def begin(
     chosen = {
         p: x.shape for p, x in zip(paths, leaves, strict=True) if not _tree.is_hole(x)
     }
+    axes = axes_by_leaf(chosen, batch_axes or {})
     found = tracing.blocks(fn, params, *listed[0], block_of=block_of)
     names: dict[Leaf, str] = {}
     users: dict[Leaf, list[str]] = {}
@@ -60,7 +66,7 @@ def begin(
         name: chosen[leaf.path][leaf.layer is not None :]
         for leaf, name in names.items()
     }
-    return Work(listed, found, names, shapes, last)
+    return Work(listed, found, names, shapes, axes, last)
 
 
 def _listed(batches: Iterable[Any]) -> list[tuple]:
@@ -73,7 +79,7 @@ def _listed(batches: Iterable[Any]) -> list[tuple]:
     spelled = [str(jax.tree.map(jax.typeof, args)) for args in listed]
     if odd := [i for i, x in enumerate(spelled) if x != spelled[0]]:
         raise ValueError(
-            f"batches: batch {odd[0]} is {spelled[odd[0]]}, and the first one {spelled[0]}; "
+            f"batches: batch {odd[0] + 1} is {spelled[odd[0]]}, and the first {spelled[0]}; "
             "expected one set of shapes. Pad, and leave padding out with token_weights=, or "
             "leave the odd batch out."
         )
@@ -85,7 +91,7 @@ def _name(leaf: Leaf, block: Block) -> str:
     if leaf.layer is None:
         return leaf.path
     stem = block.name.rpartition("/")[0]
-    return f"{block.name}{leaf.path[len(stem) :]}"
+    return joined(block.name, leaf.path[len(stem) :].strip("/"))
 
 
 def _check(users: dict[Leaf, list[str]], chosen: set[str]) -> None:

@@ -125,3 +125,8 @@ def numbered(path: str) -> str | None:
     """
     found = _NUMBERED.match(path)
     return found.group() if found else None
+
+
+def joined(*parts: Any) -> str:
+    """A path of these parts, those that are empty left out."""
+    return "/".join(x for x in map(str, parts) if x)

@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from jaxprune import _tree
 from jaxprune._tree import PyTree
-from jaxprune.tracing._blocks import Block, Blocks, Leaf, Slot, block_of
+from jaxprune.tracing._blocks import Block, Blocks, Leaf, Slot, block_of, joined
 from jaxprune.tracing._replay import bind
 from jaxprune.tracing._walk import CALLS, jaxpr_of, scan_operands
 
@@ -220,7 +220,7 @@ class _Cutter:
         first = scan_operands(op.eqn.params, len(op.ins))[1]
         found = [i for i, x in enumerate(op.ins) if i >= first and self.sources([x])]
         # A layer of "layers/up/kernel" is called "layers/0".
-        named = found and self.block_of(f"{self.layers_of(op, found)}/0/leaf")
+        named = found and self.block_of(joined(self.layers_of(op, found), 0, "leaf"))
         return found if named and op.eqn.params["length"] > 1 else []
 
     def layers_of(self, op: _Op, layered: Sequence[int]) -> str:
@@ -270,7 +270,7 @@ class _Cutter:
                 writes[number] = Slot(op.outs[i], layer) if ys else Slot(carried[i])
             given = carried
             ops = [o for o in ops if any(x in self.data for x in o.outs)]
-            pieces.append(_Piece(f"{name}/{layer}", ops, leaves, reads, writes))
+            pieces.append(_Piece(joined(name, layer), ops, leaves, reads, writes))
         return [*pieces, _Piece("", [], {}, {}, {})]
 
     def rest(self, x: Any, before: _Piece) -> int:

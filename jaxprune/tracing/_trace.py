@@ -95,7 +95,8 @@ def of_jaxpr(
         for path, leaf, yes in zip(paths, leaves, chosen, strict=True)
         if not _tree.is_hole(leaf)
     ]
-    walk = _walk.Walk(rules or {}, _batch_axes(found, batch_axes or {}))
+    shapes = {path: leaf.shape for path, leaf, _ in found if hasattr(leaf, "shape")}
+    walk = _walk.Walk(rules or {}, axes_by_leaf(shapes, batch_axes or {}))
     values = []
     for path, leaf, yes in found:
         shape = tuple(leaf.shape) if hasattr(leaf, "shape") else ()
@@ -114,20 +115,24 @@ def of_jaxpr(
     return Trace(tuple(walk.sites), untraced, tuple(walk.readings))
 
 
-def _batch_axes(found, table):
-    names = [path for path, _, _ in found]
-    _tree.check_patterns(names, table, name="batch_axes")
+def axes_by_leaf(
+    shapes: Mapping[str, tuple[int, ...]],
+    table: Mapping[str, int | tuple[int, ...]],
+) -> dict[str, frozenset[int]]:
+    """`batch_axes` of the leaves that have some, counted from the first axis."""
+    _tree.check_patterns(list(shapes), table, name="batch_axes")
     axes: dict[str, frozenset[int]] = {}
-    for path, leaf, _ in found:
+    for path, shape in shapes.items():
         wanted = _tree.lookup(path, table)
         if wanted is None:
             continue
         wanted = wanted if isinstance(wanted, Iterable) else (wanted,)
+        ndim = len(shape)
         for a in wanted:
-            if not -leaf.ndim <= a < leaf.ndim:
+            if not -ndim <= a < ndim:
                 raise ValueError(
-                    f"batch_axes: {path} has the shape {leaf.shape}, and no axis {a}. "
-                    f"Pass axes of {path} between {-leaf.ndim} and {leaf.ndim - 1}."
+                    f"batch_axes: {path} has the shape {shape}, and no axis {a}. "
+                    f"Pass axes of {path} between {-ndim} and {ndim - 1}."
                 )
-        axes[path] = frozenset(a % leaf.ndim for a in wanted)
+        axes[path] = frozenset(a % ndim for a in wanted)
     return axes

@@ -227,6 +227,15 @@ def test_weights_of_tokens():
     close(flat["down"][0].inputs, stats["down"][0].inputs)
 
 
+def test_tokens_without_weight_may_be_anything():
+    padded = jnp.concatenate([BATCHES[0], jnp.full((3, 4), jnp.nan)])
+    stats = calibration.calibrate(
+        model, PARAMS, [padded], statistics=ALL,
+        token_weights=lambda x: ~jnp.isnan(x[:, 0]),
+    )  # fmt: skip
+    close(stats["up"][0].inputs, by_hand(BATCHES[:1]))
+
+
 def test_weights_that_fit_no_rows():
     with pytest.raises(
         ValueError, match=r"token_weights: .* \(3,\), and the rows that up .* \(5,\)"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 import jaxprune as jp
@@ -31,6 +32,13 @@ def ones():
         functools.partial(_held(3), 6),
         _default(1),
         _default(2),
+        _default(np.arange(3000)),
+        _default(np.arange(3000) + (np.arange(3000) == 1500)),
+        _default(jax.numpy.arange(3000)),
+        _default({"ab", "cd", "ef", "gh"}),
+        lambda x: x in {"ab", "cd", "ef", "gh"},
+        lambda x: (y + 1 for y in x),
+        lambda x: (y + 2 for y in x),
         object(),
     ]
 

@@ -187,6 +187,14 @@ def test_bfloat16_weights():
         ),
         ({"structure": jp.NM(2, 5)}, ValueError, "does not divide axis"),
         (
+            {
+                "structure": jp.NM(2, 4),
+                "mask": np.arange(K)[:, None] % 4 < [3, 2, 2, 2, 2],
+            },
+            ValueError,
+            "dsnot: mask keeps 3 of a group",
+        ),
+        (
             {"inputs": calibration.Inputs(jnp.ones(()), mean=jnp.ones(3))},
             ValueError,
             "dsnot: inputs.mean has the shape (3,); expected (16,)",

@@ -1,10 +1,6 @@
 """Pruning a model block by block."""
 
 import functools
-import os
-import signal
-import subprocess
-import sys
 
 import flax.linen as nn
 import jax
@@ -150,35 +146,6 @@ def test_structures_allocations_and_where():
         posttrain.prune(fn, params, batches(), sparsity=0.5, allocation="global")
 
 
-def test_killed_and_resumed(tmp_path):
-    fn, params = both()[0]
-    run = functools.partial(posttrain.prune, fn, params, batches(), sparsity=0.5)
-    whole = run()
-    stopped = subprocess.run([sys.executable, __file__, str(tmp_path / "run")])
-    assert stopped.returncode == -signal.SIGKILL
-    there = {p.name for p in (tmp_path / "run").iterdir() if p.is_dir()}
-    assert "block_0" in there and "block_1" not in there
-    seen = []
-
-    resumed = run(
-        directory=tmp_path / "run", progress=lambda *block: seen.append(block)
-    )
-    assert seen == [(f"layers/{i}", i, 3) for i in range(3)]
-    jax.tree.map(np.testing.assert_array_equal, resumed[:2], whole[:2])
-    drop = [[r._replace(seconds=0) for r in x[2].rows] for x in (resumed, whole)]
-    np.testing.assert_equal(*drop)
-    with pytest.raises(ValueError, match=r"sparsity: .* was begun with 0.5"):
-        posttrain.prune(
-            fn, params, batches(), sparsity=0.25, directory=tmp_path / "run"
-        )
-    with pytest.raises(ValueError, match="method: .* was begun with"):
-        run(method=posttrain.magnitude(), directory=tmp_path / "run")
-    with pytest.raises(ValueError, match="batches: .* was begun with other values"):
-        posttrain.prune(
-            fn, params, batches(2), sparsity=0.5, directory=tmp_path / "run"
-        )
-
-
 @pytest.mark.parametrize("explicit", [False, True])
 def test_eight_devices_and_one(explicit):
     fn, params = both()[0]
@@ -300,6 +267,111 @@ def test_padding_is_left_out():
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
 
 
+def test_padding_may_be_anything():
+    fn, params = both()[1]
+    x = batches(1)[0]
+    padded = jnp.concatenate([x, jnp.full((16, 12), jnp.nan)])
+    run = functools.partial(posttrain.prune, fn, params, method=posttrain.wanda())
+    new, masks, _ = run([x], sparsity=0.5)
+    found = run(
+        [padded], sparsity=0.5, token_weights=lambda x: ~jnp.isnan(x[:, 0])
+    )  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, found[:2], (new, masks))
+
+
+def test_a_method_without_statistics_needs_no_weights_of_tokens():
+    fn, params = both()[1]
+    run = functools.partial(posttrain.prune, fn, params, batches(), sparsity=0.5)
+    found, plain = (
+        run(method=posttrain.magnitude(), token_weights=of)[1]
+        for of in (lambda x: x[:, 0] > 0, None)
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, plain)
+
+
+def test_keys_among_what_rests_on_the_host():
+    params = {
+        "layers": [jax.random.normal(jax.random.key(i), (12, 12)) for i in (0, 1)]
+    }
+    params["key"] = jax.random.key(3)
+
+    def fn(params, x, key):
+        for w in params["layers"]:
+            keep = jax.random.bernoulli(key, 0.9, x.shape)
+            x = jnp.tanh(jnp.where(keep, x, 0) @ w)
+        return x + jax.random.normal(params["key"], x.shape)
+
+    args = [(x, jax.random.key(i)) for i, x in enumerate(batches())]
+    run = functools.partial(posttrain.prune, fn, params, args, sparsity=0.5)
+    found, plain = (run(offload=offload)[:2] for offload in (True, False))
+    jax.tree.map(np.testing.assert_array_equal, found[0]["layers"], plain[0]["layers"])
+    jax.tree.map(np.testing.assert_array_equal, found[1], plain[1])
+
+
+@pytest.mark.parametrize(
+    "make", [posttrain.sparsegpt, posttrain.alps], ids=["sparsegpt", "alps"]
+)
+def test_few_rows_and_dead_inputs_are_damped_and_reported(make):
+    fn, params = both()[1]
+    w = params["params"]["layers_0"]["down"]["kernel"]
+    dead = {"params": {**params["params"]}}  # no neuron 5: an input that is always 0
+    dead["params"]["layers_0"] = jax.tree.map(lambda x: x, dead["params"]["layers_0"])
+    up = dead["params"]["layers_0"]["up"]
+    up["kernel"], up["bias"] = (x.at[..., 5].set(0) for x in (up["kernel"], up["bias"]))
+    new, masks, report = posttrain.prune(
+        fn, dead, [batches()[0][:4]], method=make(damping=1e-12), sparsity=0.5
+    )
+    assert jp.masks.sparsity(masks) == 0.5
+    assert all(1e-12 < row.damping <= 1 for row in report.rows)
+    found = np.asarray(new["params"]["layers_0"]["down"]["kernel"])
+    assert np.isfinite(found).all() and not found[5].any() and np.asarray(w)[5].any()
+
+
+def test_obs_as_a_solver():
+    fn, params = both()[1]
+    solver = posttrain.Solver("obs", ("gram",), posttrain.obs)
+    _, masks, report = posttrain.prune(
+        fn, params, batches(), method=solver, sparsity=0.5
+    )
+    assert jp.masks.sparsity(masks) == 0.5 and report.rows[0].damping > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"method": "wanda"}, TypeError, "method: got 'wanda'; expected a solver"),
+        ({"method": posttrain.wanda}, TypeError, "method: got <function wanda"),
+        ({"statistics": "gram"}, TypeError, "statistics: got the string 'gram'"),
+        ({"statistics": ("grm",)}, ValueError, r"statistics: got \('grm',\)"),
+        (
+            {"refine": lambda w, found, inputs: found.mask},
+            TypeError,
+            "refine: it gave .*; expected a Solution",
+        ),
+        (
+            {"refine": lambda w, found, inputs: found._replace(w=w[0])},
+            ValueError,
+            "refine: it gave w of ",
+        ),
+        (
+            {"refine": lambda w, found, inputs: found._replace(mask=found.w)},
+            ValueError,
+            "refine: .* float32; expected .* the mask of booleans",
+        ),
+        (
+            {"refine": lambda w, found, inputs: found._replace(w=w)},
+            ValueError,
+            "refine: weights that its mask prunes are not 0",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_driver(options, error, message):
+    fn, params = both()[1]
+    options = {"method": posttrain.magnitude(), **options}
+    with pytest.raises(error, match=message):
+        posttrain.prune(fn, params, batches(), sparsity=0.5, **options)
+
+
 def test_slices_of_a_leaf_are_pruned_one_by_one():
     def fn(params, x):
         query, value = jnp.split(params["qv"], 2, axis=1)
@@ -346,29 +418,7 @@ def test_bad_batches():
     with pytest.raises(ValueError, match="batches: there is none"):
         posttrain.prune(fn, params, [], sparsity=0.5)
     odd = [batches()[0], batches()[1][:32]]
-    with pytest.raises(ValueError, match=r"batches: batch 1 is .*\n?.*token_weights="):
+    with pytest.raises(ValueError, match=r"batches: batch 2 is .*\n?.*token_weights="):
         posttrain.prune(fn, params, odd, sparsity=0.5)
     with pytest.raises(ValueError, match="not finite"):
         posttrain.prune(fn, params, [batches()[0].at[0, 0].set(jnp.nan)], sparsity=0.5)
-
-
-def _be_killed(directory):
-    """Prunes until block 1 is all written but for its name, and dies there."""
-    from orbax.checkpoint import v1 as ocp
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    save = ocp.save
-
-    def last_words(path, tree, **options):
-        if path.endswith("block_1"):
-            save(path + ".part", tree, **options)
-            os.kill(os.getpid(), signal.SIGKILL)
-        save(path, tree, **options)
-
-    ocp.save = last_words
-    fn, params = both()[0]
-    posttrain.prune(fn, params, batches(), sparsity=0.5, directory=directory)
-
-
-if __name__ == "__main__":
-    _be_killed(sys.argv[1])

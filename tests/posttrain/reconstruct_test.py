@@ -62,6 +62,14 @@ def test_errors_fall_and_zeros_stay(name, dtype):
     np.testing.assert_allclose(found.initial_error, _errors(x, dense, w), rtol=1e-3)
 
 
+@EVERY
+def test_what_the_mask_prunes_is_0_whatever_came(name):
+    _, dense, w, mask, inputs = _case()
+    found, same = (FITS[name](dense, x, mask, inputs) for x in (dense, w))
+    jax.tree.map(np.testing.assert_array_equal, found, same)
+    assert (found.initial_error > 0).all()
+
+
 def test_pcg_is_least_squares():
     x, dense, w, mask, inputs = _case()
     found = FITS["pcg"](dense, w, mask, inputs, steps=K)

@@ -189,6 +189,14 @@ def test_a_block_must_fit_the_block_size(layer):
         posttrain.sparsegpt(block_size=16).solve(w, inputs, 0.5, jp.Block(3, 2))
 
 
+@pytest.mark.parametrize(
+    ("damping", "wanted"),
+    [(0.01, [0.01, 0.1, 1]), (0.02, [0.02, 0.2, 1]), (1, [1]), (3, [3])],
+)
+def test_damping_ends_at_the_mean(damping, wanted):
+    np.testing.assert_allclose(_hessian.escalation(damping), wanted, rtol=1e-6)
+
+
 def test_damping_grows_until_the_factor_is_there(layer):
     w, inputs = layer(64, 8, samples=8)
     found = posttrain.sparsegpt(damping=1e-12).solve(w, inputs, 0.5, jp.Unstructured())

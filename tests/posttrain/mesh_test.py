@@ -1,0 +1,79 @@
+"""Sharded weights, on meshes of either kind: the same masks, in the same places."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxprune as jp
+from jaxprune import posttrain
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+HEADS = {"up": P(None, None, "d"), "out": P(None, "d")}  # over heads, both times
+WIDTH = {"up": P(None, "d"), "out": P(None, None, None, "d")}
+METHODS = {
+    "sparsegpt": {"sparsity": 0.5},
+    "wanda 2:4": {"method": posttrain.wanda(), "structure": jp.NM(2, 4)},
+    "refined": {
+        "method": posttrain.wanda(),
+        "sparsity": 0.5,
+        "refine": lambda w, found, inputs: posttrain.refit(w, found.mask, inputs),
+        "statistics": ("gram",),
+    },
+}
+
+
+def model(params, x, *, explicit=False):
+    rows = {"out_sharding": P("d")} if explicit else {}
+
+    def layer(x, w):
+        h = jnp.tanh(jnp.einsum("td,dhk->thk", x, w["up"], **rows))
+        return x + jnp.einsum("thk,hkd->td", h, w["out"], **rows), None
+
+    return jax.lax.scan(layer, x, params["layers"])[0]
+
+
+@functools.cache
+def arguments():
+    random = np.random.default_rng(0)
+    shapes = {"up": (2, 16, 8, 2), "out": (2, 8, 2, 16)}
+    layers = {
+        n: jnp.asarray(random.normal(size=s) / 4, "f4") for n, s in shapes.items()
+    }
+    mix = random.normal(size=(16, 16)) * np.arange(1, 17)
+    batches = [jnp.asarray(random.normal(size=(64, 16)) @ mix, "f4") for _ in range(2)]
+    return {"layers": layers}, batches
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("specs", [HEADS, WIDTH], ids=["heads", "width"])
+@pytest.mark.parametrize("method", METHODS)
+def test_sharded_weights(method, specs, kind):
+    params, batches = arguments()
+    run = functools.partial(posttrain.prune, **METHODS[method])
+    one, masks, _ = run(model, params, batches)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
+    fn = functools.partial(model, explicit=kind == AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        leaves = {
+            name: jax.device_put(w, NamedSharding(mesh, specs[name]))
+            for name, w in params["layers"].items()
+        }
+        rows = NamedSharding(mesh, P("d"))
+        there = {"layers": leaves}, [jax.device_put(x, rows) for x in batches]
+        many, others, _ = run(fn, *there)
+        ratios = posttrain.outlier_ratios(fn, *there, multiple=2)
+    for a, b in zip(*map(jax.tree.leaves, (masks, others)), strict=True):
+        assert np.mean(np.asarray(a) != np.asarray(b)) <= 0.001
+    for a, b in zip(*map(jax.tree.leaves, (one, many)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
+    for name, w in many["layers"].items():
+        own = leaves[name].sharding
+        assert w.sharding.is_equivalent_to(own, w.ndim)
+        assert others["layers"][name].sharding.is_equivalent_to(own, w.ndim)
+    assert ratios == posttrain.outlier_ratios(model, params, batches, multiple=2)
