@@ -63,29 +63,39 @@ def spelled(x: Any) -> str:
     Functions are spelled by their names and what they do: their code, and what they close
     over. Functions that these call are not looked into.
     """
+    return _spelled(x, frozenset())
+
+
+def _spelled(x: Any, within: frozenset[int]) -> str:
+    """`within`: functions that are being spelled, which may close over themselves."""
+
+    def say(x: Any) -> str:
+        return _spelled(x, within)
+
     if isinstance(x, functools.partial):
-        return f"{spelled(x.func)}{spelled((x.args, x.keywords))}"
+        return f"{say(x.func)}{say((x.args, x.keywords))}"
     if isinstance(x, types.FunctionType):
+        if id(x) in within:
+            return x.__qualname__
+        within |= {id(x)}
         held = [c.cell_contents for c in x.__closure__ or ()]
         held += [x.__code__, x.__defaults__, x.__kwdefaults__]
-        return f"{x.__qualname__}#{zlib.crc32(spelled(held).encode()):08x}"
+        return f"{x.__qualname__}#{zlib.crc32(say(held).encode()):08x}"
     if isinstance(x, types.CodeType):
-        return f"{x.co_code.hex()}{x.co_names}{spelled(x.co_consts)}"
+        return f"{x.co_code.hex()}{x.co_names}{say(x.co_consts)}"
     if isinstance(x, dict):
-        return f"{{{', '.join(f'{k!r}: {spelled(v)}' for k, v in x.items())}}}"
+        return f"{{{', '.join(f'{k!r}: {say(v)}' for k, v in x.items())}}}"
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         own = [(f.name, getattr(x, f.name)) for f in dataclasses.fields(x)]
-        return type(x).__qualname__ + spelled(dict(own))
+        return type(x).__qualname__ + say(dict(own))
     if isinstance(x, list | tuple):
-        return f"({', '.join(map(spelled, x))})"
+        return f"({', '.join(map(say, x))})"
     if isinstance(x, set | frozenset):  # their order is not the same in every process
-        return f"{{{', '.join(sorted(map(spelled, x)))}}}"
-    if isinstance(
-        x, np.ndarray | jax.Array
-    ):  # of long ones, text leaves out the middle
+        return f"{{{', '.join(sorted(map(say, x)))}}}"
+    if isinstance(x, np.ndarray | jax.Array):  # whose text leaves out the middle
         return f"{x.dtype}{list(x.shape)}#{checksum(x):08x}"
     if wrapped := getattr(x, "__wrapped__", None):  # as jax.jit leaves it
-        return f"{type(x).__qualname__}({spelled(wrapped)})"
+        return f"{type(x).__qualname__}({say(wrapped)})"
     text = repr(x)
     return type(x).__qualname__ if " at 0x" in text else text
 

@@ -397,9 +397,10 @@ def _take_last(ops: list[_Op], count: int) -> list[_Op]:
 
 
 def _common(paths: Sequence[str]) -> str:
-    """What all of these paths begin with."""
+    """What holds all of these leaves, or the leaf itself if nothing does."""
+    holders = [path.split("/")[:-1] or [path] for path in paths]
     found = []
-    for parts in zip(*(path.split("/") for path in paths), strict=False):
+    for parts in zip(*holders, strict=False):
         if len(set(parts)) > 1:
             break
         found.append(parts[0])

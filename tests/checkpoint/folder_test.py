@@ -69,6 +69,17 @@ def test_spelled_alike_in_another_process_and_unlike_for_others():
     assert json.loads(done.stdout) == mine
 
 
+def test_a_function_that_calls_itself():
+    def make(n):
+        def fn(x):
+            return fn(x - n) if x > 0 else x
+
+        return fn
+
+    assert _folder.spelled(make(1)) == _folder.spelled(make(1))
+    assert _folder.spelled(make(1)) != _folder.spelled(make(2))
+
+
 def test_what_differs_is_named(tmp_path):
     begin = functools.partial(_folder.open_folder, tmp_path / "run")
     arrays = {"params": {"w": jax.numpy.ones(3)}}

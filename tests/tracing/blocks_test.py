@@ -162,6 +162,10 @@ def test_a_scan_alone_is_its_layers():
 
     blocks = check(fn, {"w": make(3, 4, 4)}, make(2, 4))
     assert [b.name for b in blocks] == ["w/0", "w/1", "w/2"]
+    blocks = check(
+        lambda p, x: fn(p["layers"], x), {"layers": {"w": make(3, 4, 4)}}, make(2, 4)
+    )
+    assert [b.name for b in blocks] == ["layers/0", "layers/1", "layers/2"]
 
 
 @pytest.mark.parametrize("of", ["argument", "leaf", "both"])
