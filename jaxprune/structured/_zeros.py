@@ -1,0 +1,281 @@
+"""Where removing units differs from setting their weights to 0, decided from the jaxpr.
+
+With its weights at 0 a unit may still have a value, such as sigmoid(0), which is harmless if
+it is multiplied by a zero weight, and is not where values of several units are summed. So
+each value is followed along each dimension: is it 0 at units whose weights are?
+"""
+
+import functools
+from collections.abc import Container, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import Literal
+
+from jaxprune.structured import _dims, _rules
+from jaxprune.structured._dims import Dim
+from jaxprune.structured._propagate import Program, Record
+from jaxprune.structured._rules import Dims
+from jaxprune.tracing._walk import scan_operands
+
+# A value is 0 at removed units of these dimensions. `None` is 0 everywhere.
+Zeros = frozenset[Dim] | None
+
+_NOTHING: frozenset[Dim] = frozenset()
+# f(0) = 0, or the value moves.
+_FIXED = frozenset(
+    "neg sign floor ceil round expm1 log1p tanh sin tan asin atan sinh asinh atanh sqrt "
+    "cbrt abs erf erf_inv square real imag conj convert_element_type reduce_precision "
+    "copy copy_p stop_gradient sharding_constraint layout_constraint reshard mesh_cast "
+    "name device_put pvary "
+    "reshape transpose squeeze expand_dims broadcast_in_dim slice split rev tile "
+    "reduce_max reduce_min reduce_sum reduce_prod reduce_window_sum reduce_window_max "
+    "reduce_window_min cumsum cummax cummin cumprod dynamic_slice unstack "
+    "bitcast_convert_type".split()
+)
+_ALL_ZERO = frozenset(
+    "add sub max min add_any select_n clamp or xor concatenate stack pad rem atan2 "
+    "dynamic_update_slice scatter scatter-add scatter_add complex nextafter sort".split()
+)
+_PRODUCTS = frozenset("mul and scatter-mul scatter_mul".split())
+_INFINITE = frozenset("rsqrt log div pow integer_pow".split())
+_LARGE = 1 << 20
+
+
+def differences(
+    program: Program,
+    zeroed: Iterable[Dims],
+    among: set[Dim],
+    rules: Container[str] = (),
+) -> dict[Dim, list[str]]:
+    """For dimensions where shrunk and masked may differ, why.
+
+    Args:
+      program: the whole function; its first operands are those of `zeroed`.
+      zeroed: dimensions of the inputs whose units are set to 0.
+      among: leaves to look at.
+      rules: names of primitives that users have rules for.
+    """
+    look = _Look(frozenset(among), rules)
+    zeros = [look.among(dims) for dims in zeroed]
+    zeros += [_NOTHING] * (len(program.operands) - len(zeros))
+    look.run(program, zeros)
+    return {d: list(why) for d, why in look.notes.items()}
+
+
+class _Look:
+    def __init__(self, candidates: frozenset[Dim], rules: Container[str]):
+        self.candidates, self.rules = candidates, rules
+        self.notes: dict[Dim, dict[str, None]] = {}
+        self.quiet = 0  # inside a loop whose carry is not settled yet
+        self._leaves = functools.cache(lambda d: frozenset(_dims.leaves(d)) & candidates)
+
+    def among(self, dims: Dims) -> frozenset[Dim]:
+        return frozenset().union(*(self._leaves(d) for d in dims))
+
+    def note(self, dims: Iterable[Dim], reason: str) -> None:
+        for d in () if self.quiet else dims:
+            self.notes.setdefault(d, {})[reason] = None
+
+    def run(self, program: Program, operands: Sequence[Zeros]) -> list[Zeros]:
+        known: dict[Any, Zeros] = {}
+        for v, c in zip(program.jaxpr.constvars, program.consts, strict=True):
+            known[v] = _constant(c)
+        known.update(zip(program.jaxpr.invars, operands, strict=True))
+
+        def read(x: Any) -> Zeros:
+            return _constant(x.val) if isinstance(x, Literal) else known[x]
+
+        for record in program.records:
+            zeros = [read(x) for x in record.eqn.invars]
+            outs = self.record(record, zeros)
+            for v, z, dims in zip(record.eqn.outvars, outs, record.outs, strict=True):
+                known[v] = None if z is None else z & self.among(dims)
+        return [read(x) for x in program.jaxpr.outvars]
+
+    def record(self, record: Record, zeros: list[Zeros]) -> Sequence[Zeros]:
+        name, n = record.eqn.primitive.name, len(record.outs)
+        if any(z is not None for z in zeros) and not any(
+            self.among(x.dims) for x in record.operands
+        ):
+            return [_NOTHING] * n
+        if name == "scan":
+            return self.scan(record, zeros)
+        if name == "while":
+            return self.loop(record, zeros)
+        if name == "cond":
+            outs = [self.run(p, zeros[1:]) for p in record.inner]
+            return [_meet(column) for column in zip(*outs, strict=True)]
+        if record.inner:
+            return self.run(record.inner[0], zeros)
+        if name == "optimization_barrier":
+            return zeros
+        self.sums(record, zeros)
+        if name in _INFINITE:
+            self.infinite(record, zeros)
+        return [self.value(record, zeros, dims) for dims in record.outs]
+
+    def value(self, record: Record, zeros: list[Zeros], dims: Dims) -> Zeros:
+        """Of an output."""
+        name, eqn = record.eqn.primitive.name, record.eqn
+        if name in ("dot_general", "conv_general_dilated", "ragged_dot_general"):
+            return self.product(record, zeros[:2], dims)
+        if name in _PRODUCTS:
+            return self.product(record, zeros, dims)
+        if name in ("max", "min", "clamp") and self.stays_zero(record, zeros):
+            return _meet(z for z, x in zip(zeros, eqn.invars, strict=True) if not _number(x))
+        if name in ("scatter", "dynamic_update_slice", "scatter-add", "scatter_add"):
+            zeros = [zeros[0], zeros[1 if name == "dynamic_update_slice" else 2]]
+            return _meet(zeros)
+        if name == "select_n":
+            return _meet(zeros[1:])
+        if name in ("concatenate", "pad"):
+            return self.joined(record, zeros)
+        if name in _ALL_ZERO:
+            return _meet(zeros)
+        powers = name == "integer_pow" and eqn.params["y"] > 0
+        powers |= name == "pow" and _number(eqn.invars[1]) and eqn.invars[1].val > 0
+        if name in _FIXED or powers or name in ("div", "gather"):
+            return zeros[0]
+        return _NOTHING
+
+    def product(self, record: Record, zeros: Sequence[Zeros], dims: Dims) -> Zeros:
+        if any(z is None for z in zeros):
+            return None
+        found = _NOTHING.union(*(z for z in zeros if z is not None))
+        # A dimension that stands in two axes must be 0 along both.
+        twice = [d for d in found if sum(d in self._leaves(x) for x in dims) > 1]
+        having = [
+            (z, self.among(x.dims))
+            for z, x in zip(zeros, record.operands, strict=False)
+        ]
+        bad = {
+            d for d in twice if any(d in has and d not in (z or ()) for z, has in having)
+        }
+        return found - bad
+
+    def joined(self, record: Record, zeros: Sequence[Zeros]) -> Zeros:
+        """Of a concatenation, or a padded value: a part has what its operand has."""
+        if all(z is None for z in zeros):
+            return None
+        having = [
+            (self.among(x.dims), z)
+            for x, z in zip(record.operands, zeros, strict=True)
+        ]
+        found = self.among(record.outs[0])
+        if record.eqn.primitive.name == "pad" and zeros[1] is not None:
+            found &= having[0][0]
+        return frozenset(
+            d for d in found if all(z is None or d in z for has, z in having if d in has)
+        )
+
+    def stays_zero(self, record: Record, zeros: Sequence[Zeros]) -> bool:
+        """Whether f(0) = 0 of a comparison with numbers."""
+        name, numbers = record.eqn.primitive.name, record.eqn.invars
+        values = [np.asarray(x.val).item() for x in numbers if _number(x)]
+        if name == "clamp":
+            return _number(numbers[0]) and _number(numbers[2]) and (
+                values[0] <= 0 <= values[-1]
+            )
+        if len(values) != 1:
+            return False
+        return values[0] <= 0 if name == "max" else values[0] >= 0
+
+    def sums(self, record: Record, zeros: Sequence[Zeros]) -> None:
+        """Notes where units meet one another and are not all 0."""
+        name, params = record.eqn.primitive.name, record.eqn.params
+        left = record.operands[0].dims
+        gone: frozenset[Dim] = _NOTHING
+        if name == "dot_general":
+            gone = self.among(tuple(left[i] for i in params["dimension_numbers"][0][0]))
+        elif name == "conv_general_dilated":
+            right = record.operands[1].dims
+            gone = self._leaves(right[params["dimension_numbers"].rhs_spec[1]])
+        elif name == "ragged_dot_general":
+            numbers = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+            gone = self.among(tuple(left[i] for i in numbers[0][0]))
+        elif name.startswith("reduce_") and "axes" in params:
+            gone = self.among(tuple(left[i] for i in params["axes"]))
+            if name not in ("reduce_sum", "reduce_or"):
+                self.note(gone, f"{name} over units, those without weights among them")
+                return
+        elif name in ("argmax", "argmin", "top_k"):
+            axes = params.get("axes", (params.get("axis", -1),))
+            self.note(
+                self.among(tuple(left[i] for i in axes)),
+                f"{name} chooses among units, those without weights among them",
+            )
+            return
+        elif name == "gather":
+            numbers = params["dimension_numbers"]
+            gone = self.among(tuple(left[i] for i in numbers.collapsed_slice_dims))
+        elif name in self.rules:
+            gone = frozenset().union(*(self.among(x.dims) for x in record.operands))
+            gone -= frozenset().union(*map(self.among, record.outs))
+        met = zeros[:1] if name in ("reduce_sum", "gather") else zeros
+        if any(z is None for z in met):
+            return
+        zero = _NOTHING.union(*(z for z in met if z is not None))
+        self.note(gone - zero, f"{name} over units that are not 0 without weights")
+
+    def infinite(self, record: Record, zeros: Sequence[Zeros]) -> None:
+        """Notes where a unit without weights is no number."""
+        name, eqn = record.eqn.primitive.name, record.eqn
+        if name in ("integer_pow", "pow"):
+            exponent = eqn.params.get("y", -1)
+            if name == "pow" and _number(eqn.invars[1]):
+                exponent = eqn.invars[1].val
+            if exponent >= 0:
+                return
+        z = zeros[1 if name == "div" else 0]
+        met = self.among(record.operands[0].dims)
+        self.note(met if z is None else z & met, f"{name} of 0 without weights")
+
+    def scan(self, record: Record, zeros: list[Zeros]) -> list[Zeros]:
+        first, second = scan_operands(record.eqn.params, len(zeros))
+        length = self._leaves(record.extra)
+        self.note(length, "a step without weights may still change what passes it")
+        consts, carry, xs = zeros[:first], zeros[first:second], zeros[second:]
+        carry = self.settled(record.inner[0], carry, lambda c: [*consts, *c, *xs])
+        return self.run(record.inner[0], [*consts, *carry, *xs])
+
+    def loop(self, record: Record, zeros: list[Zeros]) -> list[Zeros]:
+        params = record.eqn.params
+        first, second = params["cond_nconsts"], params["body_nconsts"]
+        test, body = record.inner
+        consts = zeros[first : first + second]
+        carry = self.settled(body, zeros[first + second :], lambda c: [*consts, *c])
+        self.run(test, [*zeros[:first], *carry])
+        self.run(body, [*consts, *carry])
+        return carry
+
+    def settled(self, body: Program, carry: list[Zeros], operands: Any) -> list[Zeros]:
+        """The carry of a loop after any number of steps."""
+        self.quiet += 1
+        while True:
+            outs = self.run(body, operands(carry))[: len(carry)]
+            met = [_meet(pair) for pair in zip(carry, outs, strict=True)]
+            if met == carry:
+                self.quiet -= 1
+                return carry
+            carry = met
+
+
+def _meet(zeros: Iterable[Zeros]) -> Zeros:
+    found: Zeros = None
+    for z in zeros:
+        found = z if found is None else found if z is None else found & z
+    return found
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, Literal) and np.ndim(x.val) == 0
+
+
+def _constant(x: Any) -> Zeros:
+    if isinstance(x, jax.core.Tracer) or int(np.prod(_rules.shape_of(x))) > _LARGE:
+        return _NOTHING
+    if jax.dtypes.issubdtype(jax.dtypes.result_type(x), jax.dtypes.prng_key):
+        return _NOTHING
+    return _NOTHING if np.any(np.asarray(x) != 0) else None
