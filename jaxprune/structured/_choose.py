@@ -93,7 +93,9 @@ def plan(
     fixed = _overrides(graph, overrides or {})
     wanted = set(kinds) if kinds else set(_kinds.KINDS) - {"layer", "row"}
     groups = [g for g in graph.groups if g.kind in wanted and g.name not in fixed]
-    found = {g.name: _scores(g, scores) for g in graph.groups if _is_scored(g, groups, fixed)}
+    found = {
+        g.name: _scores(g, scores) for g in graph.groups if _is_scored(g, groups, fixed)
+    }
 
     def count(group: Group, share: float) -> int:
         least = max(min_keep, group.minimum, round(group.size * (1 - max_ratio)), 1)
@@ -169,7 +171,9 @@ def planned(graph: Graph, kept: Mapping[str, np.ndarray]) -> Plan:
                 continue
             of_input = m.path.startswith(INPUT)
             table = input_cuts if of_input else cuts
-            axes = table.setdefault(m.path.removeprefix(INPUT) if of_input else m.path, {})
+            axes = table.setdefault(
+                m.path.removeprefix(INPUT) if of_input else m.path, {}
+            )
             axes[m.axis] = places.places(m._dim)
     traced, counter = graph._traced, Counter(graph)
     sizes = {name: len(c.kept) for name, c in choices.items()}
@@ -195,7 +199,9 @@ def _check(ratio, target, scope, round_to, min_keep, max_ratio, kinds) -> None:
             "ratio=0.5 or target=structured.Target(flops=0.5)."
         )
     if ratio is not None and not 0 <= ratio < 1:
-        raise ValueError(f"ratio: got {ratio!r}; expected a share in [0, 1), such as 0.5.")
+        raise ValueError(
+            f"ratio: got {ratio!r}; expected a share in [0, 1), such as 0.5."
+        )
     if target is not None and (
         not any(x is not None for x in target)
         or not all(x is None or 0 < x <= 1 for x in target)
@@ -240,7 +246,9 @@ def _overrides(graph: Graph, overrides: Mapping[str, float]) -> dict[str, float]
     return found
 
 
-def _is_scored(group: Group, groups: Sequence[Group], fixed: Mapping[str, float]) -> bool:
+def _is_scored(
+    group: Group, groups: Sequence[Group], fixed: Mapping[str, float]
+) -> bool:
     return group in groups or fixed.get(group.name, 0) > 0
 
 
@@ -295,7 +303,9 @@ def _ranked(scores: np.ndarray, normalize: bool) -> np.ndarray:
 
 def _class(group: Group) -> object:
     """The same for groups of the same form in layers of the same form."""
-    members = sorted((m.axis, len(m.units), m.expression.count("*")) for m in group.members)
+    members = sorted(
+        (m.axis, len(m.units), m.expression.count("*")) for m in group.members
+    )
     return group.kind, group.size, tuple(members)
 
 

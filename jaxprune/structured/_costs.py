@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxprune.structured import _dims
 from jaxprune.structured._dims import Dim
 from jaxprune.structured._propagate import Program, Record
-from jaxprune.structured._rules import Dims
 from jaxprune.structured._trace import Graph
+from jaxprune.structured._values import Dims
 
 
 class Cost(NamedTuple):
@@ -46,7 +46,9 @@ class Counter:
     def __call__(self, kept: Mapping[str, int]) -> Cost:
         """The cost where some groups have fewer units."""
         counts = {self._dims[name]: n for name, n in kept.items()}
-        sizes = {p: math.prod(_size(d, counts) for d in dims) for p, dims in self._leaves}
+        sizes = {
+            p: math.prod(_size(d, counts) for d in dims) for p, dims in self._leaves
+        }
         return Cost(
             parameters=sum(sizes.values()),
             bytes=sum(n * self._widths[p] for p, n in sizes.items()),

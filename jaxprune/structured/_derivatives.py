@@ -14,7 +14,8 @@ import numpy as np
 from jaxprune.structured import _dims
 from jaxprune.structured._dims import Dim
 from jaxprune.structured._propagate import Program, Propagation, Record
-from jaxprune.structured._rules import Dims, Operand
+from jaxprune.structured._removed import Zeros
+from jaxprune.structured._values import Dims, Operand
 from jaxprune.tracing._replay import bind
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 def custom_jvp(run: "Replay", record: Record, values: list[Any]) -> Sequence[Any]:
     """Evaluates a `custom_jvp` function, and keeps its rule."""
     shapes, places = _shapes(record), _differentiable(record)
+    zeros = _zeros_of(run, record)
 
     def full(xs: list[Any], tangents: list[Any]) -> tuple[Any, Any]:
         floats = [xs[i] for i in places]
@@ -42,6 +44,7 @@ def custom_jvp(run: "Replay", record: Record, values: list[Any]) -> Sequence[Any
         program = _read(
             run, record, closed, [*dims, *(dims[i] for i in places)],
             [*record.outs, *(record.outs[i] for i in outs)],
+            zeros=[*zeros, *(zeros[i] for i in places)],
         )  # fmt: skip
         found = run(program, [*xs, *(moved[i] for i in places)])
         values, tangent = found[: len(record.outs)], found[len(record.outs) :]
@@ -53,6 +56,7 @@ def custom_jvp(run: "Replay", record: Record, values: list[Any]) -> Sequence[Any
 def custom_vjp(run: "Replay", record: Record, values: list[Any]) -> Sequence[Any]:
     """Evaluates a `custom_vjp` function, and keeps its rule."""
     shapes, places = _shapes(record), _differentiable(record)
+    zeros = _zeros_of(run, record)
     outs = _float_outs(record)
 
     @jax.custom_vjp
@@ -69,11 +73,14 @@ def custom_vjp(run: "Replay", record: Record, values: list[Any]) -> Sequence[Any
         return grads
 
     def backward(xs: list[Any], cotangents: list[Any]) -> Any:
-        closed = jax.make_jaxpr(full)(shapes, [_shapes_of_outs(record)[i] for i in outs])
+        closed = jax.make_jaxpr(full)(
+            shapes, [_shapes_of_outs(record)[i] for i in outs]
+        )
         dims = [x.dims for x in record.operands]
         program = _read(
             run, record, closed, [*dims, *(record.outs[i] for i in outs)],
             [dims[i] for i in places],
+            zeros=[*zeros, *(frozenset() for _ in outs)],
         )  # fmt: skip
         found = run(program, [*xs, *(cotangents[i] for i in outs)])
         return (_filled(xs, places, found),)
@@ -98,6 +105,7 @@ def _read(
     closed: Any,
     operands: Sequence[Dims],
     outs: Sequence[Dims],
+    zeros: Sequence[Zeros],
 ) -> Program:
     """A derivative; its dimensions are those that the function has."""
     held = list(run.kept.units)
@@ -111,6 +119,7 @@ def _read(
             _dims.unify(a, b)
     for d, reasons in zip(held, before, strict=True):
         _check_same(record, d, reasons)
+    run.look.run(program, zeros)
     return program
 
 
@@ -126,12 +135,21 @@ def _check_same(record: Record, d: Dim, before: tuple[str, ...]) -> None:
         )
 
 
+def _zeros_of(run: "Replay", record: Record) -> list[Zeros]:
+    """Of the operands. Tangents are 0 where the values are 0 for want of weights."""
+    inner = record.inner[0]
+    known = run.look.zeros[inner]
+    return [known[v] for v in inner.jaxpr.invars]
+
+
 def _shapes(record: Record) -> list[Any]:
     return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in record.eqn.invars]
 
 
 def _shapes_of_outs(record: Record) -> list[Any]:
-    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in record.eqn.outvars]
+    return [
+        jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in record.eqn.outvars
+    ]
 
 
 def _differentiable(record: Record) -> list[int]:

@@ -234,7 +234,9 @@ def _match_products(left: list[Dim], right: list[Dim]) -> None:
         elif x.size < y.size:
             left, right = right, left
         elif x.form == "sum":
-            sizes = list(itertools.accumulate((f.size for f in right), lambda m, n: m * n))
+            sizes = list(
+                itertools.accumulate((f.size for f in right), lambda m, n: m * n)
+            )
             if x.size not in sizes:
                 raise MisalignedError(f"{describe(x)} and {describe(product(right))}")
             n = sizes.index(x.size) + 1

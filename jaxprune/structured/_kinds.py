@@ -41,7 +41,8 @@ def kind(leaf: Dim, axes: Sequence[Dim]) -> Kind:
         return "expert"
     if "indexed" in roles:
         return "row"
-    if "width of a table" in roles or {"residual", "reduced"} <= roles:
+    stream = {"residual", "reduced", "contracted by weights"} <= roles
+    if "width of a table" in roles or stream:
         return "embedding"
     if "nonlinear" not in roles:
         return "rank"

@@ -12,7 +12,7 @@ from jaxprune._tree import PyTree
 from jaxprune.structured import _state, _trace
 from jaxprune.structured._costs import Cost
 from jaxprune.structured._propagate import Rule
-from jaxprune.structured._rewrite import rewritten
+from jaxprune.structured._rewrite import Removed, rewritten
 from jaxprune.structured._state import Cuts
 from jaxprune.structured._verify import Verification, verified
 
@@ -124,22 +124,31 @@ class Plan:
         return _state.mask_tree(args, self.input_cuts)
 
     def rewrite(
-        self, fn: Callable[..., Any], *, rules: Mapping[str, Rule] | None = None
+        self,
+        fn: Callable[..., Any],
+        *,
+        removed: Removed = "zero",
+        rules: Mapping[str, Rule] | None = None,
     ) -> Callable[..., Any]:
         """The function at the new sizes: `f(small, *args)` as `fn(params, *args)` was.
 
         Nothing of `fn` is changed or called with small arrays. It is read at its full
         sizes, on shapes, once for each signature of the arguments, and its equations are
         run anew. So sizes that are written in the code of a model do no harm, and numbers
-        that were computed from sizes stay: a mean over a shrunk axis still divides by the
-        number of units that there were. That makes it equal to `fn` of masked parameters.
-        The result can go through `jit`, `grad`, `vmap`, `scan` and other batch sizes, and
-        functions with derivatives of their own keep them (the backward rule of a
-        `custom_vjp` recomputes its forward pass).
+        that were computed from sizes, such as frequencies of a rotation, stay with their
+        units. The result can go through `jit`, `grad`, `vmap`, `scan` and other batch
+        sizes, and functions with derivatives of their own keep them (the backward rule of
+        a `custom_vjp` recomputes its forward pass).
 
         Args:
           fn: the function that was traced, or another of the same parameters, such as the
             loss or the function in training mode.
+          removed: what a unit that is gone means where units are summed or averaged.
+            `"zero"`: one whose weights are 0, so that the function equals `fn` of masked
+            parameters: a mean still divides by the number of units that there were, and
+            a variance or softmax still counts those that are gone. `"absent"`: none at
+            all: means, variances and softmax are those of the units that are kept, as in
+            a model built at the smaller size. The square root in attention stays.
           rules: as in `trace`.
 
         Returns:
@@ -147,7 +156,7 @@ class Plan:
           `ValueError` if parameters have other shapes, or if `fn` does with its arguments
           what the plan does not allow.
         """
-        return rewritten(self, fn, rules)
+        return rewritten(self, fn, rules, removed)
 
     def verify(
         self,
@@ -230,7 +239,9 @@ class Plan:
         """Shapes of the shrunk parameters, by path."""
         return _state.cut_shapes(self.shapes, self.cuts)
 
-    def _check(self, tree: PyTree, shapes: Mapping[str, tuple[int, ...]], name: str, which: str):
+    def _check(
+        self, tree: PyTree, shapes: Mapping[str, tuple[int, ...]], name: str, which: str
+    ):
         paths, leaves, _ = _tree.flatten(tree)
         found = {p: jnp.shape(x) for p, x in zip(paths, leaves, strict=True)
                  if not _tree.is_hole(x)}  # fmt: skip

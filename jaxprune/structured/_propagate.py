@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from jaxprune.structured import _dims, _rules
+from jaxprune.structured import _dims, _indexing, _rules, _values
 from jaxprune.structured._dims import Dim, unify
-from jaxprune.structured._rules import Dims, Moved, Operand
+from jaxprune.structured._values import Dims, Moved, Operand
 from jaxprune.tracing._walk import CALLS, jaxpr_of, scan_operands
 
 
@@ -29,7 +29,7 @@ class Rule(NamedTuple):
     run: Callable[..., Any] | None = None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Record:
     """An equation, with what its operands and outputs look like.
 
@@ -50,7 +50,7 @@ class Record:
     loops: Dims = ()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Program:
     """A jaxpr and its records."""
 
@@ -74,10 +74,14 @@ class Propagation:
         self.unknown: dict[str, int] = {}
 
     def run(
-        self, jaxpr: Jaxpr, consts: Sequence[Any], operands: Sequence[Operand], loops: Dims = ()
+        self,
+        jaxpr: Jaxpr,
+        consts: Sequence[Any],
+        operands: Sequence[Operand],
+        loops: Dims = (),
     ) -> Program:
         """Dimensions of everything in a jaxpr."""
-        const_dims = tuple(_dims.fresh(_rules.shape_of(c)) for c in consts)
+        const_dims = tuple(_dims.fresh(_values.shape_of(c)) for c in consts)
         known = {
             v: Operand(d, False)
             for v, d in zip(jaxpr.constvars, const_dims, strict=True)
@@ -86,22 +90,27 @@ class Propagation:
 
         def read(x: Any) -> Operand:
             if isinstance(x, Literal):
-                return Operand(_dims.fresh(x.aval.shape), False)
+                return Operand(_dims.fresh(_values.shape_of(x.aval)), False)
             return known[x]
 
         records = []
         for eqn in jaxpr.eqns:
+            own = eqn.primitive.name in self.rules
             record = self.equation(eqn, tuple(read(x) for x in eqn.invars), loops)
-            data = any(x.data for x in record.operands)
-            for v, dims in zip(eqn.outvars, record.outs, strict=True):
-                known[v] = Operand(dims, data)
+            if eqn.primitive.name in CALLS and not own:
+                found = list(record.inner[0].outs)
+            else:
+                found = _indexing.numbered(eqn, record.operands, record.outs)
+            known.update(zip(eqn.outvars, found, strict=True))
             records.append(record)
         outs = tuple(read(x) for x in jaxpr.outvars)
         return Program(
             jaxpr, tuple(consts), const_dims, tuple(operands), tuple(records), outs
         )
 
-    def closed(self, x: ClosedJaxpr, operands: Sequence[Operand], loops: Dims = ()) -> Program:
+    def closed(
+        self, x: ClosedJaxpr, operands: Sequence[Operand], loops: Dims = ()
+    ) -> Program:
         """As `run`."""
         return self.run(x.jaxpr, x.consts, operands, loops)
 
@@ -111,7 +120,7 @@ class Propagation:
         if name in self.rules:
             return _record(eqn, operands, self._by_rule(eqn, operands), loops=loops)
         if any(0 in v.aval.shape for v in (*eqn.invars, *eqn.outvars) if _has_shape(v)):
-            moved = _rules.unknown(eqn, operands, "an empty array")
+            moved = _values.unknown(eqn, operands, "an empty array")
             return _record(eqn, operands, moved, loops=loops)
         if name in CALLS:
             inner = self.run(*jaxpr_of(eqn.params), operands, loops)
@@ -126,7 +135,7 @@ class Propagation:
         moved = _rules.apply(eqn, operands)
         if moved is None:
             self.unknown[name] = self.unknown.get(name, 0) + 1
-            moved = _rules.unknown(eqn, operands, f"unknown primitive {name}")
+            moved = _values.unknown(eqn, operands, f"unknown primitive {name}")
         return _record(eqn, operands, moved, loops=loops)
 
     def _by_rule(self, eqn, operands):
@@ -144,7 +153,10 @@ class Propagation:
         found = []
         for v, labels in zip(eqn.outvars, outs, strict=True):
             _check_rank(name, "an output", len(v.aval.shape), labels)
-            dims = [known.get(x) or Dim(n) for x, n in zip(labels, v.aval.shape, strict=True)]
+            dims = [
+                known.get(x) or Dim(n)
+                for x, n in zip(labels, v.aval.shape, strict=True)
+            ]
             for d, label in zip(dims, labels, strict=True):
                 if label not in known:
                     _dims.freeze(d, f"made by {name}")
@@ -159,7 +171,7 @@ class Propagation:
             unify(length, x.dims[0])
         _dims.mark(length, "length of a scan")
         inputs = [*operands[:first]]
-        inputs += [x._replace(data=True) for x in operands[first:second]]
+        inputs += [Operand(x.dims, True) for x in operands[first:second]]
         inputs += [x._replace(dims=x.dims[1:]) for x in operands[second:]]
         inner = self.closed(params["jaxpr"], inputs, (*loops, length))
         carry = second - first
@@ -184,12 +196,14 @@ class Propagation:
         first, second = params["cond_nconsts"], params["body_nconsts"]
         tested, consts = operands[:first], operands[first : first + second]
         carry = operands[first + second :]
-        inputs = [x._replace(data=True) for x in carry]
+        inputs = [Operand(x.dims, True) for x in carry]
         test = self.closed(params["cond_jaxpr"], [*tested, *inputs], loops)
         body = self.closed(params["body_jaxpr"], [*consts, *inputs], loops)
         for x, y in zip(carry, body.outs, strict=True):
             _unify_all(x.dims, y.dims)
-        return _record(eqn, operands, Moved([x.dims for x in carry]), (test, body), loops)
+        return _record(
+            eqn, operands, Moved([x.dims for x in carry]), (test, body), loops
+        )
 
 
 def _has_shape(v: Any) -> bool:

@@ -14,11 +14,17 @@ from jaxtyping import Array
 from jaxprune.structured import _derivatives, _dims
 from jaxprune.structured._dims import Dim
 from jaxprune.structured._propagate import Program, Record, Rule
-from jaxprune.structured._rules import Dims
+from jaxprune.structured._removed import (
+    PLAIN_CALLS,
+    REDUCTIONS,
+    Scope,
+    mean_of,
+    reduced,
+)
+from jaxprune.structured._values import Dims, Operand
+from jaxprune.structured._zeros import CHECKPOINTS, Look
 from jaxprune.tracing._replay import bind
 from jaxprune.tracing._walk import CALLS, scan_operands
-
-_CHECKPOINTS = frozenset("remat remat2 checkpoint".split())
 
 
 class Kept:
@@ -79,48 +85,89 @@ class Kept:
 
 
 class Replay:
-    """Evaluates programs with what is kept."""
+    """Evaluates programs with what is kept.
 
-    def __init__(self, kept: Kept, rules: Mapping[str, Rule]):
+    Args:
+      kept: what is kept.
+      rules: of users' own primitives.
+      look: at the whole program, for `kept.units`.
+      absent: whether removed units count as never having been, rather than as units
+        whose weights are 0.
+    """
+
+    def __init__(
+        self, kept: Kept, rules: Mapping[str, Rule], look: Look, absent: bool = False
+    ):
         self.kept = kept
         self.rules = rules
+        self.look = look
+        self.absent = absent
 
-    def __call__(self, program: Program, operands: Sequence[Any]) -> list[Any]:
-        """Outputs of a program."""
-        known = {
-            v: self.kept.cut(c, dims)
-            for v, c, dims in zip(
-                program.jaxpr.constvars, program.consts, program.const_dims, strict=True
-            )
-        }
+    def __call__(
+        self,
+        program: Program,
+        operands: Sequence[Any],
+        outer: Scope | None = None,
+        call: Record | None = None,
+    ) -> list[Any]:
+        """Outputs of a program; `outer` and `call` say where it stands, if that counts."""
+        scope = Scope(program, self.look.zeros[program], outer, call)
+        known = scope.values
+        for v, c, dims in zip(
+            program.jaxpr.constvars, program.consts, program.const_dims, strict=True
+        ):
+            known[v] = self.kept.cut(c, dims)
         known.update(zip(program.jaxpr.invars, operands, strict=True))
-        for record in program.records:
-            values = [
-                self.kept.cut(v.val, x.dims) if isinstance(v, Literal) else known[v]
-                for v, x in zip(record.eqn.invars, record.operands, strict=True)
-            ]
-            found = self.equation(record, values)
-            known.update(zip(record.eqn.outvars, found, strict=True))
-        return [
-            self.kept.cut(v.val, x.dims) if isinstance(v, Literal) else known[v]
-            for v, x in zip(program.jaxpr.outvars, program.outs, strict=True)
-        ]
+        if (
+            outer is not None
+            and call is not None
+            and call.eqn.primitive.name in PLAIN_CALLS
+        ):
+            outer.inner[call] = scope
 
-    def equation(self, record: Record, values: list[Any]) -> Sequence[Any]:
+        def read(v: Any, x: Operand) -> Any:
+            return self.kept.cut(v.val, x.dims) if isinstance(v, Literal) else known[v]
+
+        for record in program.records:
+            values = list(map(read, record.eqn.invars, record.operands))
+            found = self.equation(scope, record, values)
+            known.update(zip(record.eqn.outvars, found, strict=True))
+        return list(map(read, program.jaxpr.outvars, program.outs))
+
+    def equation(
+        self, scope: Scope, record: Record, values: list[Any]
+    ) -> Sequence[Any]:
         """Outputs of an equation; as it stands, where nothing in it changes."""
         eqn, name = record.eqn, record.eqn.primitive.name
+        if self.absent and (mean := mean_of(scope, record)) is not None:
+            values = [values[0], self.mean_divisor(mean, eqn)]
         dims = [d for x in record.operands for d in x.dims]
         dims += [d for out in record.outs for d in out]
         if not any(map(self.kept.changed, dims)):
-            return bind(eqn, values)
+            return self.same(scope, record, values)
         if name in self.rules:
             return self.own(record, values)
         with eqn.ctx.manager:
             if name in CALLS:
-                return self.call(record, values)
+                return self.call(scope, record, values)
             if name in _RUNS:
                 return _RUNS[name](self, record, values)
-        return bind(eqn, values)
+        found = bind(eqn, values)
+        if name in REDUCTIONS and not self.absent:
+            units = self.kept.units
+            return [reduced(scope, record, found[0], self.kept.size, units)]
+        return found
+
+    def same(self, scope: Scope, record: Record, values: list[Any]) -> Sequence[Any]:
+        """Nothing changes here; but the mean of a sum outside may stand in a call."""
+        if self.absent and record.eqn.primitive.name in PLAIN_CALLS:
+            return self(record.inner[0], values, scope, record)
+        return bind(record.eqn, values)
+
+    def mean_divisor(self, dims: Dims, eqn: Any) -> np.ndarray:
+        count = math.prod(map(self.kept.size, dims))
+        number = count if eqn.primitive.name == "div" else 1 / count
+        return np.asarray(number, eqn.invars[1].aval.dtype)
 
     def own(self, record: Record, values: list[Any]) -> Sequence[Any]:
         run = self.rules[record.eqn.primitive.name].run
@@ -129,20 +176,20 @@ class Replay:
         found = run(record.eqn.params, *values)
         return found if record.eqn.primitive.multiple_results else [found]
 
-    def call(self, record: Record, values: list[Any]) -> Sequence[Any]:
+    def call(self, scope: Scope, record: Record, values: list[Any]) -> Sequence[Any]:
         name, (inner,) = record.eqn.primitive.name, record.inner
         if name.startswith("custom_jvp"):
             return _derivatives.custom_jvp(self, record, values)
         if name.startswith("custom_vjp"):
             return _derivatives.custom_vjp(self, record, values)
-        if name in _CHECKPOINTS:
+        if name in CHECKPOINTS:
             again = jax.checkpoint(
-                lambda values: self(inner, values),
+                lambda values: self(inner, values, scope, record),
                 policy=record.eqn.params["policy"],
                 prevent_cse=record.eqn.params["prevent_cse"],
             )
             return again(values)
-        return self(inner, values)
+        return self(inner, values, scope, record)
 
 
 def _rebound(record: Record, values: list[Any], **params: Any) -> Sequence[Any]:
@@ -172,7 +219,9 @@ def _slice(run: Replay, record: Record, values: list[Any]) -> list[Any]:
     params, x = record.eqn.params, values[0]
     steps = params["strides"] or (1,) * x.ndim
     for axis, d in enumerate(record.operands[0].dims):
-        full = slice(params["start_indices"][axis], params["limit_indices"][axis], steps[axis])
+        full = slice(
+            params["start_indices"][axis], params["limit_indices"][axis], steps[axis]
+        )
         kept = run.kept.mask(d)
         if full == slice(0, d.size, 1):
             continue
@@ -233,7 +282,9 @@ def _gather(run: Replay, record: Record, values: list[Any]) -> list[Any]:
     alive: Array | None = None
     for i, axis in enumerate(numbers.start_index_map):
         if axis in numbers.collapsed_slice_dims and run.kept.changed(dims[axis]):
-            at, here = _renumbered(run.kept.mask(dims[axis]), index[..., i], params["mode"])
+            at, here = _renumbered(
+                run.kept.mask(dims[axis]), index[..., i], params["mode"]
+            )
             index = index.at[..., i].set(at)
             alive = here if alive is None else alive & here
     sizes = tuple(

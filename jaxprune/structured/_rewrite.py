@@ -1,30 +1,41 @@
 """A user's function at the sizes of a plan, read anew for each signature."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import core
 
 from jaxprune import _tree
 from jaxprune._tree import PyTree
-from jaxprune.structured import _dims, _state, _trace
+from jaxprune.structured import _dims, _state, _trace, _zeros
 from jaxprune.structured._dims import Dim
 from jaxprune.structured._propagate import Rule
 from jaxprune.structured._replay import Kept, Replay
-from jaxprune.structured._rules import Dims
 from jaxprune.structured._trace import Traced
+from jaxprune.structured._values import Dims
 
 if TYPE_CHECKING:
     from jaxprune.structured._plan import Plan
 
 
+Removed = Literal["zero", "absent"]
+
+
 def rewritten(
-    plan: "Plan", fn: Callable[..., Any], rules: Mapping[str, Rule] | None
+    plan: "Plan",
+    fn: Callable[..., Any],
+    rules: Mapping[str, Rule] | None,
+    removed: Removed,
 ) -> Callable[..., Any]:
     """See `Plan.rewrite`."""
-    read: dict[Any, tuple[Traced, Kept]] = {}
+    if removed not in get_args(Removed):
+        raise ValueError(
+            f"removed: got {removed!r}; expected one of {get_args(Removed)}."
+        )
+    read: dict[Any, tuple[Traced, Replay]] = {}
 
     def small_fn(params: PyTree, *args: Any) -> Any:
         plan_shapes = plan.small_shapes
@@ -38,18 +49,31 @@ def rewritten(
         full = _full(params, plan.shapes), *_full_inputs(plan, args)
         key = _signature((params, args))
         if key in read:
-            traced, kept = read[key]
+            traced, run = read[key]
         else:
-            traced = _trace.read(fn, full[0], full[1:], rules)
-            kept = _kept(plan, traced)
+            traced, kept = read_at(plan, fn, full[0], full[1:], rules)
+            look = _zeros.look(
+                traced.program, [*traced.dims, *traced.inputs], kept.units, rules or {}
+            )
+            run = Replay(kept, rules or {}, look, absent=removed == "absent")
             if not _has_tracers(traced.program):
-                read[key] = traced, kept
-        found = Replay(kept, rules or {})(
-            traced.program, [*jax.tree.leaves(params), *jax.tree.leaves(args)]
-        )
-        return jax.tree.unflatten(traced.out_tree, found)
+                read[key] = traced, run
+        leaves = [*jax.tree.leaves(params), *jax.tree.leaves(args)]
+        return jax.tree.unflatten(traced.out_tree, run(traced.program, leaves))
 
     return small_fn
+
+
+def read_at(
+    plan: "Plan",
+    fn: Callable[..., Any],
+    params: PyTree,
+    args: tuple[Any, ...],
+    rules: Mapping[str, Rule] | None,
+) -> tuple[Traced, Kept]:
+    """A function of arguments of full size, and what the plan keeps in it."""
+    traced = _trace.read(fn, params, args, rules)
+    return traced, _kept(plan, traced)
 
 
 def _signature(tree: PyTree) -> Any:
@@ -91,7 +115,7 @@ def _full_inputs(plan: "Plan", args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _has_tracers(program: Any) -> bool:
     """Whether the function closes over values of a trace around it, which must not stay."""
-    here = any(isinstance(c, jax.core.Tracer) for c in program.consts)
+    here = any(isinstance(c, core.Tracer) for c in program.consts)
     inner = (p for record in program.records for p in record.inner)
     return here or any(map(_has_tracers, inner))
 

@@ -1,16 +1,21 @@
 """What each primitive makes of the dimensions of its operands."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from jaxprune.structured import _dims
+from jaxprune.structured import _dims, _indexing
 from jaxprune.structured._dims import Dim, MisalignedError, freeze, mark, unify
+from jaxprune.structured._indexing import CHOICES
+from jaxprune.structured._values import (
+    Moved,
+    Operand,
+    frozen,
+    frozen_dim,
+    same,
+    unknown,
+)
 from jaxprune.tracing._layout import aligned
 from jaxprune.tracing._moves import AS_THEY_ARE, ELEMENTWISE
-
-Dims = tuple[Dim, ...]
 
 _AS_IT_WAS = AS_THEY_ARE - {"optimization_barrier"} | {
     "stop_gradient", "real", "imag", "conj", "layout_constraint",
@@ -24,7 +29,6 @@ _LINEAR = frozenset("add sub neg add_any select_n".split()) | _AS_IT_WAS
 _REDUCTIONS = frozenset(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor".split()
 )
-_CHOICES = frozenset("argmax argmin".split())
 _CUMULATIVE = frozenset("cumsum cumprod cummax cummin cumlogsumexp".split())
 _WINDOWS = frozenset(
     "reduce_window reduce_window_sum reduce_window_max reduce_window_min".split()
@@ -35,29 +39,9 @@ _SCATTERS = frozenset(
 )
 
 
-class Operand(NamedTuple):
-    """A value before it is computed.
-
-    Attributes:
-      dims: of its axes.
-      data: whether it may depend on an argument other than the parameters.
-    """
-
-    dims: Dims
-    data: bool
-
-
-class Moved(NamedTuple):
-    """What a rule says.
-
-    Attributes:
-      outs: dimensions of each output.
-      extra: what a run at other sizes must know besides: dimensions that no operand and
-        no output has.
-    """
-
-    outs: Sequence[Dims]
-    extra: Any = None
+def is_pointwise(eqn: Any) -> bool:
+    """Whether each element of the output depends on those at its own place alone."""
+    return eqn.primitive.name in _POINTWISE or eqn.primitive.name in _AS_IT_WAS
 
 
 def apply(eqn: Any, operands: Sequence[Operand]) -> Moved | None:
@@ -67,7 +51,7 @@ def apply(eqn: Any, operands: Sequence[Operand]) -> Moved | None:
         return Moved([x.dims for x in operands])
     if name in _POINTWISE or name in _AS_IT_WAS:
         return _pointwise(eqn, operands)
-    if name in _REDUCTIONS or name in _CHOICES:
+    if name in _REDUCTIONS or name in CHOICES:
         return _reduce(eqn, operands)
     if name in _CUMULATIVE:
         freeze(operands[0].dims[eqn.params["axis"]], name)
@@ -75,38 +59,10 @@ def apply(eqn: Any, operands: Sequence[Operand]) -> Moved | None:
     if name in _WINDOWS:
         return _reduce_window(eqn, operands)
     if name in _SCATTERS:
-        return _scatter(eqn, operands)
+        return _indexing.scatter(eqn, operands)
     if name in _RULES:
         return _RULES[name](eqn, operands)
     return None
-
-
-def unknown(eqn: Any, operands: Sequence[Operand], reason: str) -> Moved:
-    """Everything that the equation touches must stay."""
-    for x in operands:
-        freeze(x.dims, reason)
-    return Moved([_frozen(v.aval.shape, reason) for v in eqn.outvars])
-
-
-def _frozen(shape: Sequence[int], reason: str) -> Dims:
-    dims = _dims.fresh(shape)
-    freeze(dims, reason)
-    return dims
-
-
-def _frozen_dim(size: int, reason: str) -> Dim:
-    return _frozen((size,), reason)[0]
-
-
-def same(operands: Sequence[Dims]) -> Dims:
-    """Dimensions of operands of one rank made one; size 1 may stand for any size."""
-    found = []
-    for column in zip(*operands, strict=True):
-        large = [d for d in column if d.size != 1] or column[:1]
-        for d in large[1:]:
-            unify(large[0], d)
-        found.append(large[0])
-    return tuple(found)
 
 
 def _pointwise(eqn: Any, operands: Sequence[Operand]) -> Moved:
@@ -127,7 +83,7 @@ def _pointwise(eqn: Any, operands: Sequence[Operand]) -> Moved:
 def _reduce(eqn: Any, operands: Sequence[Operand]) -> Moved:
     axes = set(eqn.params["axes"])
     for a in axes:
-        chosen = eqn.primitive.name in _CHOICES
+        chosen = eqn.primitive.name in CHOICES
         mark(operands[0].dims[a], "chosen" if chosen else "reduced")
     dims = tuple(d for i, d in enumerate(operands[0].dims) if i not in axes)
     return Moved([dims] * len(eqn.outvars))
@@ -137,20 +93,24 @@ def _dot(eqn: Any, operands: Sequence[Operand]) -> Moved:
     (l_axes, r_axes), (l_batch, r_batch) = eqn.params["dimension_numbers"]
     left, right = operands
     pairs = [(left.dims[i], right.dims[j]) for i, j in zip(l_axes, r_axes, strict=True)]
-    batch = [(left.dims[i], right.dims[j]) for i, j in zip(l_batch, r_batch, strict=True)]
+    batch = [
+        (left.dims[i], right.dims[j]) for i, j in zip(l_batch, r_batch, strict=True)
+    ]
     for a, b in (*pairs, *batch):
         unify(a, b)
     free = [
         [d for i, d in enumerate(x.dims) if i not in (*axes, *b)]
         for x, axes, b in ((left, l_axes, l_batch), (right, r_axes, r_batch))
     ]
-    kind = {2: "activations", 1: "weights", 0: "between weights"}[left.data + right.data]
-    for role, dims in (
+    kind = {2: "activations", 1: "weights", 0: "between weights"}[
+        left.data + right.data
+    ]
+    for role, found in (
         ("contracted by ", [a for a, _ in pairs]),
         ("batch of ", [a for a, _ in batch]),
-        ("free in ", [d for dims in free for d in dims]),
+        ("free in ", [*free[0], *free[1]]),
     ):
-        for d in dims:
+        for d in found:
             if role == "free in " and f"free in {kind}" in _dims.find(d).roles:
                 mark(d, f"free again in {kind}")
             mark(d, role + kind)
@@ -175,7 +135,7 @@ def _conv(eqn: Any, operands: Sequence[Operand]) -> Moved | None:
     out: list[Dim] = [group] * len(shape)
     out[o_spec[0]], out[o_spec[1]] = left[l_spec[0]], features
     for i in o_spec[2:]:
-        out[i] = _frozen_dim(shape[i], "a window of a convolution")
+        out[i] = frozen_dim(shape[i], "a window of a convolution")
     for dims, spec in ((left, l_spec), (right, r_spec)):
         freeze([dims[i] for i in spec[2:]], "a window of a convolution")
     for d in (left[l_spec[1]], features, into):
@@ -253,7 +213,7 @@ def _reduce_window(eqn: Any, operands: Sequence[Operand]) -> Moved | None:
             out.append(d)
         else:
             freeze(d, "a window")
-            out.append(_frozen_dim(shape[i], "a window"))
+            out.append(frozen_dim(shape[i], "a window"))
     return Moved([tuple(out)])
 
 
@@ -261,19 +221,6 @@ def _sort(eqn: Any, operands: Sequence[Operand]) -> Moved:
     dims = same([x.dims for x in operands])
     freeze(dims[eqn.params["dimension"]], "sort")
     return Moved([dims] * len(eqn.outvars))
-
-
-def _top_k(eqn: Any, operands: Sequence[Operand]) -> Moved:
-    dims = list(operands[0].dims)
-    axis = eqn.params.get("axis", -1) % len(dims)
-    d, k = _dims.find(dims[axis]), eqn.params["k"]
-    mark(d, "chosen")
-    if d.form == "leaf":
-        d.minimum = max(d.minimum, k)
-    else:
-        freeze(d, "top_k of several parts together")
-    dims[axis] = _frozen_dim(k, "chosen by top_k")
-    return Moved([tuple(dims)] * 2)
 
 
 def _reverse(eqn: Any, operands: Sequence[Operand]) -> Moved:
@@ -284,14 +231,14 @@ def _reverse(eqn: Any, operands: Sequence[Operand]) -> Moved:
 def _tile(eqn: Any, operands: Sequence[Operand]) -> Moved:
     out = []
     for d, times in zip(operands[0].dims, eqn.params["reps"], strict=True):
-        copies = _frozen_dim(times, "copies")
+        copies = frozen_dim(times, "copies")
         out.append(d if times == 1 else _dims.product([copies, d]))
     return Moved([tuple(out)])
 
 
 def _stack(eqn: Any, operands: Sequence[Operand]) -> Moved:
     dims = list(same([x.dims for x in operands]))
-    dims.insert(eqn.params["axis"], _frozen_dim(len(operands), "stacked values"))
+    dims.insert(eqn.params["axis"], frozen_dim(len(operands), "stacked values"))
     return Moved([tuple(dims)])
 
 
@@ -320,7 +267,7 @@ def _split(eqn: Any, operands: Sequence[Operand]) -> Moved:
                 part = Dim(0)
         except MisalignedError as error:
             freeze(rest, f"misaligned: {error}")
-            part, rest = _frozen((n, size - n), "split")
+            part, rest = frozen((n, size - n), "split")
         outs.append((*dims[:axis], part, *dims[axis + 1 :]))
     return Moved(outs)
 
@@ -335,7 +282,7 @@ def _slice(eqn: Any, operands: Sequence[Operand]) -> Moved:
             out.append(_window(d, start, limit, step, size))
         except MisalignedError as error:
             freeze(d, f"misaligned: {error}")
-            out.append(_frozen_dim(size, "slice"))
+            out.append(frozen_dim(size, "slice"))
     return Moved([tuple(out)])
 
 
@@ -345,7 +292,7 @@ def _window(d: Dim, start: int, limit: int, step: int, size: int) -> Dim:
     if d.size != size * step or start >= step:
         raise MisalignedError(f"a slice of {_dims.describe(d)} with step {step}")
     outer = Dim(size)
-    unify(d, _dims.product([outer, _frozen_dim(step, "a stride")]))
+    unify(d, _dims.product([outer, frozen_dim(step, "a stride")]))
     return outer
 
 
@@ -357,7 +304,7 @@ def _pad(eqn: Any, operands: Sequence[Operand]) -> Moved:
         if inner or low < 0 or high < 0:
             freeze(d, "pad")
             size = eqn.outvars[0].aval.shape[len(out)]
-            out.append(_frozen_dim(size, "pad"))
+            out.append(frozen_dim(size, "pad"))
             edges.append(None)
         else:
             edge = Dim(low), Dim(high)
@@ -386,83 +333,16 @@ def _bitcast(eqn: Any, operands: Sequence[Operand]) -> Moved | None:
     return Moved([operands[0].dims])
 
 
-def _gather(eqn: Any, operands: Sequence[Operand]) -> Moved:
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    shape = eqn.outvars[0].aval.shape
-    (dims, data), (index, _) = operands
-    batched = tuple(numbers.operand_batching_dims)
-    for a, b in zip(batched, numbers.start_indices_batching_dims, strict=True):
-        unify(dims[a], index[b])
-    gone = {*numbers.collapsed_slice_dims, *batched}
-    slices = [i for i in range(len(dims)) if i not in gone]
-    out = list(_dims.fresh(shape))
-    rows = [i for i in range(len(shape)) if i not in numbers.offset_dims]
-    for i, d in zip(rows, index[:-1], strict=True):
-        out[i] = d
-    for o, i in zip(numbers.offset_dims, slices, strict=True):
-        if sizes[i] == dims[i].size:
-            out[o] = dims[i]
-            if not data:
-                mark(dims[i], "width of a table")
-        else:
-            freeze((dims[i], out[o]), "gather")
-    for i in numbers.collapsed_slice_dims:
-        mark(dims[i], "indexed")
-        if i not in numbers.start_index_map:
-            freeze(dims[i], "gather")
-    freeze(index[-1], "gather")
-    return Moved([tuple(out)])
-
-
-def _scatter(eqn: Any, operands: Sequence[Operand]) -> Moved:
-    numbers = eqn.params["dimension_numbers"]
-    dims, index, new = (x.dims for x in operands)
-    batched = tuple(numbers.operand_batching_dims)
-    for a, b in zip(batched, numbers.scatter_indices_batching_dims, strict=True):
-        unify(dims[a], index[b])
-    gone = {*numbers.inserted_window_dims, *batched}
-    slices = [i for i in range(len(dims)) if i not in gone]
-    for u, i in zip(numbers.update_window_dims, slices, strict=True):
-        if new[u].size == dims[i].size:
-            unify(dims[i], new[u])
-        else:
-            freeze((dims[i], new[u]), "scatter")
-    rows = [i for i in range(len(new)) if i not in numbers.update_window_dims]
-    for i, d in zip(rows, index[:-1], strict=True):
-        unify(new[i], d)
-    freeze([dims[i] for i in numbers.inserted_window_dims], "scatter")
-    freeze(index[-1], "scatter")
-    return Moved([dims])
-
-
-def _dynamic_slice(eqn: Any, operands: Sequence[Operand]) -> Moved:
-    out, name = [], eqn.primitive.name
-    for d, size in zip(operands[0].dims, eqn.params["slice_sizes"], strict=True):
-        if size != d.size:
-            freeze(d, name)
-        out.append(d if size == d.size else _frozen_dim(size, name))
-    return Moved([tuple(out)])
-
-
-def _dynamic_update(eqn: Any, operands: Sequence[Operand]) -> Moved:
-    for a, b in zip(operands[0].dims, operands[1].dims, strict=True):
-        if a.size == b.size:
-            unify(a, b)
-        else:
-            freeze((a, b), eqn.primitive.name)
-    return Moved([operands[0].dims])
-
-
 _RULES: dict[str, Callable[[Any, Sequence[Operand]], Moved | None]] = {
     "bitcast_convert_type": _bitcast,
     "broadcast_in_dim": _broadcast,
     "concatenate": _concatenate,
     "conv_general_dilated": _conv,
     "dot_general": _dot,
-    "dynamic_slice": _dynamic_slice,
-    "dynamic_update_slice": _dynamic_update,
+    "dynamic_slice": _indexing.dynamic_slice,
+    "dynamic_update_slice": _indexing.dynamic_update,
     "expand_dims": _expand_dims,
-    "gather": _gather,
+    "gather": _indexing.gather,
     "iota": _free,
     "pad": _pad,
     "ragged_dot_general": _ragged,
@@ -480,12 +360,7 @@ _RULES: dict[str, Callable[[Any, Sequence[Operand]], Moved | None]] = {
     "squeeze": _squeeze,
     "stack": _stack,
     "tile": _tile,
-    "top_k": _top_k,
+    "top_k": _indexing.top_k,
     "transpose": _transpose,
     "unstack": _unstack,
 }
-
-
-def shape_of(x: Any) -> tuple[int, ...]:
-    """Of an array, a shape or a number."""
-    return tuple(x.shape) if hasattr(x, "shape") else np.shape(x)

@@ -68,7 +68,9 @@ def score_groups(
             places = member.units
             hit = np.flatnonzero(places >= 0)
             sums = sums.at[places[hit]].add(each[hit])
-        found[group.name] = np.asarray(jnp.sqrt(sums) if criterion_is(criterion, "l2") else sums)
+        found[group.name] = np.asarray(
+            jnp.sqrt(sums) if criterion_is(criterion, "l2") else sums
+        )
     return found
 
 

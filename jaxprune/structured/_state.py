@@ -23,9 +23,7 @@ def cut(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
     return x
 
 
-def cut_shape(
-    shape: Sequence[int], axes: Mapping[int, np.ndarray]
-) -> tuple[int, ...]:
+def cut_shape(shape: Sequence[int], axes: Mapping[int, np.ndarray]) -> tuple[int, ...]:
     """Of what is kept."""
     return tuple(len(axes[i]) if i in axes else n for i, n in enumerate(shape))
 
@@ -83,7 +81,9 @@ def cut_state(state: PyTree, params: PyTree, cuts: Cuts) -> PyTree:
     """Cuts each leaf of `state` that belongs to a leaf of `params`."""
     paths, leaves, _ = _tree.flatten(params)
     shapes = {
-        p: jnp.shape(x) for p, x in zip(paths, leaves, strict=True) if not _tree.is_hole(x)
+        p: jnp.shape(x)
+        for p, x in zip(paths, leaves, strict=True)
+        if not _tree.is_hole(x)
     }
     whole = jax.tree.structure(params)
     only = whole == jax.tree.structure(0)
@@ -93,9 +93,7 @@ def cut_state(state: PyTree, params: PyTree, cuts: Cuts) -> PyTree:
 
     parts, treedef = jax.tree.flatten(state, is_leaf=like_params)
     if any(map(like_params, parts)):
-        new = [
-            _cut_subtree(x, shapes, cuts) if like_params(x) else None for x in parts
-        ]
+        new = [_cut_subtree(x, shapes, cuts) if like_params(x) else None for x in parts]
         rest = _cut_named(treedef.unflatten([None if like_params(x) else x for x in parts]),
                           shapes, cuts)  # fmt: skip
         others = treedef.flatten_up_to(rest)
@@ -105,20 +103,29 @@ def cut_state(state: PyTree, params: PyTree, cuts: Cuts) -> PyTree:
     return _cut_named(state, shapes, cuts)
 
 
-def _cut_subtree(tree: PyTree, shapes: Mapping[str, tuple[int, ...]], cuts: Cuts) -> PyTree:
+def _cut_subtree(
+    tree: PyTree, shapes: Mapping[str, tuple[int, ...]], cuts: Cuts
+) -> PyTree:
     """A tree with the paths of the parameters."""
     leaves, treedef = jax.tree.flatten(tree)
-    new = [_cut_like(x, p, s, cuts) for x, (p, s) in zip(leaves, shapes.items(), strict=True)]
+    new = [
+        _cut_like(x, p, s, cuts)
+        for x, (p, s) in zip(leaves, shapes.items(), strict=True)
+    ]
     return treedef.unflatten(new)
 
 
-def _cut_named(state: PyTree, shapes: Mapping[str, tuple[int, ...]], cuts: Cuts) -> PyTree:
+def _cut_named(
+    state: PyTree, shapes: Mapping[str, tuple[int, ...]], cuts: Cuts
+) -> PyTree:
     """Leaves whose paths end with that of a parameter: parts of trees, packed masks."""
     paths, leaves, treedef = _tree.flatten(state, is_leaf=_is_packed)
     by_length = sorted(shapes, key=len, reverse=True)
     new = []
     for path, x in zip(paths, leaves, strict=True):
-        owner = next((p for p in by_length if f"/{path}".endswith(f"/{p}") or not p), None)
+        owner = next(
+            (p for p in by_length if f"/{path}".endswith(f"/{p}") or not p), None
+        )
         if owner is None or _tree.is_hole(x):
             new.append(x)
         elif isinstance(x, masks.PackedMask):

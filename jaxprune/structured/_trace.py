@@ -15,11 +15,11 @@ import numpy as np
 
 from jaxprune import _tree
 from jaxprune._tree import PyTree
-from jaxprune.structured import _dims, _kinds, _rules, _zeros
+from jaxprune.structured import _dims, _kinds, _values, _zeros
 from jaxprune.structured._dims import Dim
 from jaxprune.structured._kinds import Kind
 from jaxprune.structured._propagate import Program, Propagation, Rule
-from jaxprune.structured._rules import Dims, Operand
+from jaxprune.structured._values import Dims, Operand
 
 Patterns = str | Sequence[str]
 
@@ -116,7 +116,11 @@ class Graph:
             if group.name == name:
                 return group
         names = _tree.listing([g.name for g in self.groups])
-        why = f" It is frozen: {'; '.join(self.frozen[name])}." if name in self.frozen else ""
+        why = (
+            f" It is frozen: {'; '.join(self.frozen[name])}."
+            if name in self.frozen
+            else ""
+        )
         raise KeyError(f"no group is called {name!r}.{why} The groups are: {names}.")
 
     def __str__(self) -> str:
@@ -126,7 +130,9 @@ class Graph:
             rows.append((g.name, g.kind, str(g.size), str(axes), "; ".join(g.notes)))
         lines = align(rows)
         lines += [f"frozen: {n}: {'; '.join(why)}" for n, why in self.frozen.items()]
-        lines += [f"unknown primitive: {n} ({k} times)" for n, k in self.unknown.items()]
+        lines += [
+            f"unknown primitive: {n} ({k} times)" for n, k in self.unknown.items()
+        ]
         return "\n".join(lines)
 
 
@@ -211,7 +217,7 @@ def trace(
         groups=groups,
         frozen=frozen,
         unknown=dict(traced.unknown),
-        shapes={p: _rules.shape_of(x) for p, x in leaves.items()},
+        shapes={p: _values.shape_of(x) for p, x in leaves.items()},
         _traced=traced,
         _dtypes={p: jax.dtypes.result_type(x) for p, x in leaves.items()},
     )
@@ -289,7 +295,7 @@ def _grouped(
     zeroed = [*traced.dims]
     for path, dims in zip(traced.input_paths, traced.inputs, strict=True):
         zeroed.append(dims if f"{INPUT}{path}" in resized else ())
-    notes = _zeros.differences(traced.program, zeroed, set(met), rules)
+    notes = _zeros.look(traced.program, zeroed, set(met), rules).notes
     groups = []
     for leaf, places in met.items():
         members = tuple(
@@ -299,7 +305,9 @@ def _grouped(
         what = _kinds.kind(leaf, [d for _, _, d in places])
         why = tuple(notes.get(leaf, ()))
         groups.append(
-            Group(names[leaf], what, leaf.size, min(leaf.minimum, leaf.size), members, why)
+            Group(
+                names[leaf], what, leaf.size, min(leaf.minimum, leaf.size), members, why
+            )
         )
     return tuple(groups), frozen
 
@@ -308,9 +316,9 @@ def _name(leaf: Dim, places: Sequence[tuple[str, int, Dim]], traced: Traced) -> 
     """Of an axis that is nothing else, and of a matrix, where there is one."""
     ranks = {p: len(dims) for p, dims in zip(traced.paths, traced.dims, strict=True)}
 
-    def order(place: tuple[str, int, Dim]) -> tuple[bool, bool]:
+    def order(place: tuple[str, int, Dim]) -> tuple[bool, ...]:
         path, _, d = place
-        return _dims.find(d) is not leaf, ranks.get(path, 0) < 2
+        return path not in ranks, _dims.find(d) is not leaf, ranks.get(path, 0) < 2
 
     path, axis, d = min(places, key=order)
     parts = _dims.leaves(d)

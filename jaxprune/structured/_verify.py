@@ -10,6 +10,7 @@ import numpy as np
 from jaxprune import _tree
 from jaxprune._tree import PyTree
 from jaxprune.structured._propagate import Rule
+from jaxprune.structured._rewrite import read_at
 
 if TYPE_CHECKING:
     from jaxprune.structured._plan import Plan
@@ -50,10 +51,12 @@ def verified(
     masked_args = plan.mask_inputs(*args)
     expected = jax.jit(fn)(plan.mask(params), *masked_args)
     small = jax.jit(plan.rewrite(fn, rules=rules))(plan.shrink(params), *small_args)
+    traced, kept = read_at(plan, fn, params, args, rules)
     paths, wanted, _ = _tree.flatten(expected)
     got = _tree.flatten(small)[1]
+    outs = iter(traced.program.outs)
     errors = {
-        p: _error(x, y)
+        p: _error(kept.cut(x, next(outs).dims), y)
         for p, x, y in zip(paths, wanted, got, strict=True)
         if not _tree.is_hole(x)
     }

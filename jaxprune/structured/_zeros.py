@@ -9,18 +9,24 @@ import functools
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import core, dtypes
 from jax.extend.core import Literal
 
-from jaxprune.structured import _dims, _rules
+from jaxprune.structured import _dims, _values
 from jaxprune.structured._dims import Dim
 from jaxprune.structured._propagate import Program, Record
-from jaxprune.structured._rules import Dims
+from jaxprune.structured._removed import (
+    PLAIN_CALLS,
+    REDUCTIONS,
+    Scope,
+    Zeros,
+    at_removed,
+    unsettled,
+)
+from jaxprune.structured._values import Dims
 from jaxprune.tracing._walk import scan_operands
-
-# A value is 0 at removed units of these dimensions. `None` is 0 everywhere.
-Zeros = frozenset[Dim] | None
 
 _NOTHING: frozenset[Dim] = frozenset()
 # f(0) = 0, or the value moves.
@@ -40,16 +46,17 @@ _ALL_ZERO = frozenset(
 )
 _PRODUCTS = frozenset("mul and scatter-mul scatter_mul".split())
 _INFINITE = frozenset("rsqrt log div pow integer_pow".split())
+CHECKPOINTS = frozenset("remat remat2 checkpoint".split())
 _LARGE = 1 << 20
 
 
-def differences(
+def look(
     program: Program,
     zeroed: Iterable[Dims],
-    among: set[Dim],
+    among: Iterable[Dim],
     rules: Container[str] = (),
-) -> dict[Dim, list[str]]:
-    """For dimensions where shrunk and masked may differ, why.
+) -> "Look":
+    """Follows where values are 0 without weights.
 
     Args:
       program: the whole function; its first operands are those of `zeroed`.
@@ -57,19 +64,30 @@ def differences(
       among: leaves to look at.
       rules: names of primitives that users have rules for.
     """
-    look = _Look(frozenset(among), rules)
-    zeros = [look.among(dims) for dims in zeroed]
+    found = Look(frozenset(among), rules)
+    zeros = [found.among(dims) for dims in zeroed]
     zeros += [_NOTHING] * (len(program.operands) - len(zeros))
-    look.run(program, zeros)
-    return {d: list(why) for d, why in look.notes.items()}
+    found.run(program, zeros)
+    return found
 
 
-class _Look:
+class Look:
+    """What was found.
+
+    Attributes:
+      candidates: dimensions that may lose units.
+      notes: for these, where a shrunk function may differ from the masked one.
+      zeros: of each value, by program.
+    """
+
     def __init__(self, candidates: frozenset[Dim], rules: Container[str]):
         self.candidates, self.rules = candidates, rules
         self.notes: dict[Dim, dict[str, None]] = {}
+        self.zeros: dict[Program, dict[Any, Zeros]] = {}
         self.quiet = 0  # inside a loop whose carry is not settled yet
-        self._leaves = functools.cache(lambda d: frozenset(_dims.leaves(d)) & candidates)
+        self._leaves = functools.cache(
+            lambda d: frozenset(_dims.leaves(d)) & candidates
+        )
 
     def among(self, dims: Dims) -> frozenset[Dim]:
         return frozenset().union(*(self._leaves(d) for d in dims))
@@ -78,8 +96,19 @@ class _Look:
         for d in () if self.quiet else dims:
             self.notes.setdefault(d, {})[reason] = None
 
-    def run(self, program: Program, operands: Sequence[Zeros]) -> list[Zeros]:
+    def run(
+        self,
+        program: Program,
+        operands: Sequence[Zeros],
+        outer: Scope | None = None,
+        call: Record | None = None,
+    ) -> list[Zeros]:
+        """Zeros of the outputs of a program."""
         known: dict[Any, Zeros] = {}
+        self.zeros[program] = known
+        scope = Scope(program, known, outer, call)
+        if outer is not None and call is not None:
+            outer.inner[call] = scope
         for v, c in zip(program.jaxpr.constvars, program.consts, strict=True):
             known[v] = _constant(c)
         known.update(zip(program.jaxpr.invars, operands, strict=True))
@@ -89,15 +118,19 @@ class _Look:
 
         for record in program.records:
             zeros = [read(x) for x in record.eqn.invars]
-            outs = self.record(record, zeros)
+            outs = self.record(scope, record, zeros)
             for v, z, dims in zip(record.eqn.outvars, outs, record.outs, strict=True):
                 known[v] = None if z is None else z & self.among(dims)
         return [read(x) for x in program.jaxpr.outvars]
 
-    def record(self, record: Record, zeros: list[Zeros]) -> Sequence[Zeros]:
+    def record(
+        self, scope: Scope, record: Record, zeros: list[Zeros]
+    ) -> Sequence[Zeros]:
         name, n = record.eqn.primitive.name, len(record.outs)
-        if any(z is not None for z in zeros) and not any(
-            self.among(x.dims) for x in record.operands
+        if (
+            not record.inner
+            and any(z is not None for z in zeros)
+            and not any(self.among(x.dims) for x in record.operands)
         ):
             return [_NOTHING] * n
         if name == "scan":
@@ -108,10 +141,11 @@ class _Look:
             outs = [self.run(p, zeros[1:]) for p in record.inner]
             return [_meet(column) for column in zip(*outs, strict=True)]
         if record.inner:
-            return self.run(record.inner[0], zeros)
+            followed = name in PLAIN_CALLS or name in CHECKPOINTS
+            return self.run(record.inner[0], zeros, scope if followed else None, record)
         if name == "optimization_barrier":
             return zeros
-        self.sums(record, zeros)
+        self.sums(scope, record, zeros)
         if name in _INFINITE:
             self.infinite(record, zeros)
         return [self.value(record, zeros, dims) for dims in record.outs]
@@ -124,7 +158,9 @@ class _Look:
         if name in _PRODUCTS:
             return self.product(record, zeros, dims)
         if name in ("max", "min", "clamp") and self.stays_zero(record, zeros):
-            return _meet(z for z, x in zip(zeros, eqn.invars, strict=True) if not _number(x))
+            return _meet(
+                z for z, x in zip(zeros, eqn.invars, strict=True) if not _number(x)
+            )
         if name in ("scatter", "dynamic_update_slice", "scatter-add", "scatter_add"):
             zeros = [zeros[0], zeros[1 if name == "dynamic_update_slice" else 2]]
             return _meet(zeros)
@@ -151,7 +187,9 @@ class _Look:
             for z, x in zip(zeros, record.operands, strict=False)
         ]
         bad = {
-            d for d in twice if any(d in has and d not in (z or ()) for z, has in having)
+            d
+            for d in twice
+            if any(d in has and d not in (z or ()) for z, has in having)
         }
         return found - bad
 
@@ -160,14 +198,15 @@ class _Look:
         if all(z is None for z in zeros):
             return None
         having = [
-            (self.among(x.dims), z)
-            for x, z in zip(record.operands, zeros, strict=True)
+            (self.among(x.dims), z) for x, z in zip(record.operands, zeros, strict=True)
         ]
         found = self.among(record.outs[0])
         if record.eqn.primitive.name == "pad" and zeros[1] is not None:
             found &= having[0][0]
         return frozenset(
-            d for d in found if all(z is None or d in z for has, z in having if d in has)
+            d
+            for d in found
+            if all(z is None or d in z for has, z in having if d in has)
         )
 
     def stays_zero(self, record: Record, zeros: Sequence[Zeros]) -> bool:
@@ -175,17 +214,19 @@ class _Look:
         name, numbers = record.eqn.primitive.name, record.eqn.invars
         values = [np.asarray(x.val).item() for x in numbers if _number(x)]
         if name == "clamp":
-            return _number(numbers[0]) and _number(numbers[2]) and (
-                values[0] <= 0 <= values[-1]
+            return (
+                _number(numbers[0])
+                and _number(numbers[2])
+                and (values[0] <= 0 <= values[-1])
             )
         if len(values) != 1:
             return False
         return values[0] <= 0 if name == "max" else values[0] >= 0
 
-    def sums(self, record: Record, zeros: Sequence[Zeros]) -> None:
+    def sums(self, scope: Scope, record: Record, zeros: Sequence[Zeros]) -> None:
         """Notes where units meet one another and are not all 0."""
         name, params = record.eqn.primitive.name, record.eqn.params
-        left = record.operands[0].dims
+        left = _first(record)
         gone: frozenset[Dim] = _NOTHING
         if name == "dot_general":
             gone = self.among(tuple(left[i] for i in params["dimension_numbers"][0][0]))
@@ -196,10 +237,8 @@ class _Look:
             numbers = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
             gone = self.among(tuple(left[i] for i in numbers[0][0]))
         elif name.startswith("reduce_") and "axes" in params:
-            gone = self.among(tuple(left[i] for i in params["axes"]))
-            if name not in ("reduce_sum", "reduce_or"):
-                self.note(gone, f"{name} over units, those without weights among them")
-                return
+            self.reduction(scope, record)
+            return
         elif name in ("argmax", "argmin", "top_k"):
             axes = params.get("axes", (params.get("axis", -1),))
             self.note(
@@ -213,11 +252,23 @@ class _Look:
         elif name in self.rules:
             gone = frozenset().union(*(self.among(x.dims) for x in record.operands))
             gone -= frozenset().union(*map(self.among, record.outs))
-        met = zeros[:1] if name in ("reduce_sum", "gather") else zeros
+        met = zeros[:1] if name == "gather" else zeros
         if any(z is None for z in met):
             return
         zero = _NOTHING.union(*(z for z in met if z is not None))
         self.note(gone - zero, f"{name} over units that are not 0 without weights")
+
+    def reduction(self, scope: Scope, record: Record) -> None:
+        """Notes where what removed units would add is not known; see `_removed`."""
+        name = record.eqn.primitive.name
+        pending = unsettled(scope, record, self.candidates)
+        for dims in pending.values():
+            for d in dims:
+                at = None
+                if name in REDUCTIONS:
+                    at = at_removed(scope, record.eqn.invars[0], frozenset([d]))
+                if at is None or len(pending) > 1:
+                    self.note([d], f"{name} over units that are not 0 without weights")
 
     def infinite(self, record: Record, zeros: Sequence[Zeros]) -> None:
         """Notes where a unit without weights is no number."""
@@ -262,6 +313,11 @@ class _Look:
             carry = met
 
 
+def _first(record: Record) -> Dims:
+    """Dimensions of the first operand."""
+    return record.operands[0].dims if record.operands else ()
+
+
 def _meet(zeros: Iterable[Zeros]) -> Zeros:
     found: Zeros = None
     for z in zeros:
@@ -274,8 +330,8 @@ def _number(x: Any) -> bool:
 
 
 def _constant(x: Any) -> Zeros:
-    if isinstance(x, jax.core.Tracer) or int(np.prod(_rules.shape_of(x))) > _LARGE:
+    if isinstance(x, core.Tracer) or int(np.prod(_values.shape_of(x))) > _LARGE:
         return _NOTHING
-    if jax.dtypes.issubdtype(jax.dtypes.result_type(x), jax.dtypes.prng_key):
+    if jnp.issubdtype(dtypes.result_type(x), dtypes.prng_key):
         return _NOTHING
     return _NOTHING if np.any(np.asarray(x) != 0) else None
