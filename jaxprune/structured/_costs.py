@@ -4,8 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax.numpy as jnp
-
 from jaxprune.structured import _dims
 from jaxprune.structured._dims import Dim
 from jaxprune.structured._propagate import Program, Record
@@ -38,8 +36,7 @@ class Counter:
     def __init__(self, graph: Graph):
         traced = graph._traced
         self._leaves = list(zip(traced.paths, traced.dims, strict=True))
-        self._widths = {p: jnp.dtype(d).itemsize if _plain(d) else 0
-                        for p, d in graph._dtypes.items()}  # fmt: skip
+        self._widths = {p: getattr(d, "itemsize", 0) for p, d in graph._dtypes.items()}
         self._products = _products(traced.program)
         self._dims = {g.name: g.members[0]._leaf for g in graph.groups}
 
@@ -56,10 +53,6 @@ class Counter:
                 2 * math.prod(_size(d, counts) for d in dims) for dims in self._products
             ),
         )
-
-
-def _plain(dtype: object) -> bool:
-    return not isinstance(dtype, jnp.dtype) or dtype.itemsize > 0
 
 
 def _size(d: Dim, counts: Mapping[Dim, int]) -> int:

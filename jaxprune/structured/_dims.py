@@ -26,10 +26,12 @@ class Dim:
       frozen: reasons why its units must stay.
       roles: what is done along it.
       minimum: how many units must stay, whoever chooses.
+      beside: dimensions that products of activations are batched over, which leave this
+        one free.
     """
 
     __slots__ = (
-        "form", "frozen", "link", "minimum", "number", "parts", "roles", "size",
+        "beside", "form", "frozen", "link", "minimum", "number", "parts", "roles", "size",
     )  # fmt: skip
 
     def __init__(
@@ -46,6 +48,7 @@ class Dim:
         self.frozen: dict[str, None] = {}
         self.roles: set[str] = set()
         self.minimum = 1
+        self.beside: list[Dim] = []
 
 
 class MisalignedError(Exception):
@@ -193,6 +196,7 @@ def _bind(leaf: Dim, to: Dim) -> None:
     for x in leaves(to):
         x.frozen.update(leaf.frozen)
         x.roles |= leaf.roles
+        x.beside += leaf.beside
         if x is to:
             x.minimum = max(x.minimum, leaf.minimum)
         elif leaf.minimum > 1:

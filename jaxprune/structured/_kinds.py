@@ -28,22 +28,22 @@ def kind(leaf: Dim, axes: Sequence[Dim]) -> Kind:
     roles = leaf.roles
     if "length of a scan" in roles:
         return "layer"
+    stream = {"residual", "reduced", "contracted by weights"} <= roles
+    if "width of a table" in roles or stream:
+        return "embedding"
     if "convolved" in roles:
         return "channel"
     if _HEAD in roles:
         return "kv_group" if _is_shared(leaf, axes) else "head"
     if "batch of weights" in roles or "batch of between weights" in roles:
         return "expert"
-    if _stands_in_heads(leaf, axes) or "contracted by activations" in roles:
+    if "contracted by activations" in roles or _stands_in_heads(leaf):
         inside = "free again in activations" not in roles
         return "head_dim" if inside else "head"
     if "chosen" in roles:
         return "expert"
     if "indexed" in roles:
         return "row"
-    stream = {"residual", "reduced", "contracted by weights"} <= roles
-    if "width of a table" in roles or stream:
-        return "embedding"
     if "nonlinear" not in roles:
         return "rank"
     return "neuron"
@@ -62,13 +62,7 @@ def _is_head(leaf: Dim) -> bool:
     ) and "contracted by activations" not in roles
 
 
-def _stands_in_heads(leaf: Dim, axes: Sequence[Dim]) -> bool:
-    """Whether it is a factor beside heads."""
-    if "free in activations" not in leaf.roles:
-        return False
-    return any(
-        _HEAD in other.roles
-        for d in axes
-        for other in _dims.leaves(d)
-        if other is not leaf
-    )
+def _stands_in_heads(leaf: Dim) -> bool:
+    """Whether heads stand side by side where it is neither contracted nor one of them."""
+    beside = (x for d in leaf.beside for x in _dims.leaves(d))
+    return any(not x.frozen and x is not leaf for x in beside)

@@ -114,6 +114,9 @@ def _dot(eqn: Any, operands: Sequence[Operand]) -> Moved:
             if role == "free in " and f"free in {kind}" in _dims.find(d).roles:
                 mark(d, f"free again in {kind}")
             mark(d, role + kind)
+    if left.data and right.data:
+        for leaf in (x for dims in free for d in dims for x in _dims.leaves(d)):
+            leaf.beside += [a for a, _ in batch]
     return Moved([(*(a for a, _ in batch), *free[0], *free[1])])
 
 

@@ -313,12 +313,12 @@ def _grouped(
 
 
 def _name(leaf: Dim, places: Sequence[tuple[str, int, Dim]], traced: Traced) -> str:
-    """Of an axis that is nothing else, and of a matrix, where there is one."""
+    """Of an axis that is nothing else, of the leaf with the most axes, where it can be."""
     ranks = {p: len(dims) for p, dims in zip(traced.paths, traced.dims, strict=True)}
 
-    def order(place: tuple[str, int, Dim]) -> tuple[bool, ...]:
+    def order(place: tuple[str, int, Dim]) -> tuple[Any, ...]:
         path, _, d = place
-        return path not in ranks, _dims.find(d) is not leaf, ranks.get(path, 0) < 2
+        return path not in ranks, _dims.find(d) is not leaf, -ranks.get(path, 0)
 
     path, axis, d = min(places, key=order)
     parts = _dims.leaves(d)
