@@ -28,13 +28,13 @@ def kind(leaf: Dim, axes: Sequence[Dim]) -> Kind:
     roles = leaf.roles
     if "length of a scan" in roles:
         return "layer"
+    if _HEAD in roles:
+        return "kv_group" if _is_shared(leaf, axes) else "head"
     stream = {"residual", "reduced", "contracted by weights"} <= roles
     if "width of a table" in roles or stream:
         return "embedding"
     if "convolved" in roles:
         return "channel"
-    if _HEAD in roles:
-        return "kv_group" if _is_shared(leaf, axes) else "head"
     if "batch of weights" in roles or "batch of between weights" in roles:
         return "expert"
     if "contracted by activations" in roles or _stands_in_heads(leaf):

@@ -102,6 +102,8 @@ def _dot(eqn: Any, operands: Sequence[Operand]) -> Moved:
         [d for i, d in enumerate(x.dims) if i not in (*axes, *b)]
         for x, axes, b in ((left, l_axes, l_batch), (right, r_axes, r_batch))
     ]
+    if left.data and right.data and not pairs:  # one scales the other
+        return Moved([(*(a for a, _ in batch), *free[0], *free[1])])
     kind = {2: "activations", 1: "weights", 0: "between weights"}[
         left.data + right.data
     ]
