@@ -126,8 +126,8 @@ def planned(graph: Graph, kept: Mapping[str, np.ndarray]) -> Plan:
 
     Args:
       graph: of `trace`.
-      kept: `{group name: numbers of units}`, sorted or not; groups that are not named keep
-        all.
+      kept: `{group: numbers of units}`, sorted or not, by names that `graph[name]` knows;
+        groups that are not named keep all.
 
     Raises:
       ValueError: if a group is not known, units are out of range, or too few are kept.
@@ -141,13 +141,10 @@ def planned(graph: Graph, kept: Mapping[str, np.ndarray]) -> Plan:
       >>> plan.shrink(params)["down"].shape
       (3, 3)
     """
-    names = {g.name for g in graph.groups}
-    for name in kept:
-        if name not in names:
-            raise ValueError(
-                f"kept: no group is called {name!r}. The groups are: "
-                f"{_tree.listing(sorted(names))}."
-            )
+    try:
+        kept = {graph[name].name: units for name, units in kept.items()}
+    except KeyError as error:
+        raise ValueError(f"kept: {error.args[0]}") from None
     choices = {}
     units = {}
     for g in graph.groups:

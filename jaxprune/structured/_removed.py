@@ -104,7 +104,8 @@ def at_removed(scope: Scope, v: Any, removed: frozenset[Dim]) -> At | None:
     if zeros is None or removed <= zeros:
         return lambda sizes: jnp.zeros(shape(sizes), v.aval.dtype)
     if v not in scope.makers:
-        return _outside(scope, v, removed)
+        outer = _operand(scope, v)
+        return None if outer is None else at_removed(*outer, removed)
     record, i = scope.makers[v]
     name, eqn = record.eqn.primitive.name, record.eqn
     if name in PLAIN_CALLS:
@@ -127,14 +128,6 @@ def at_removed(scope: Scope, v: Any, removed: frozenset[Dim]) -> At | None:
         return bind(eqn, xs)[0]
 
     return compute
-
-
-def _outside(scope: Scope, v: Any, removed: frozenset[Dim]) -> At | None:
-    """Of an operand of a program."""
-    names = list(scope.program.jaxpr.invars)
-    if scope.outer is None or scope.call is None or v not in names:
-        return None
-    return at_removed(scope.outer, scope.call.eqn.invars[names.index(v)], removed)
 
 
 def _inside(scope: Scope, record: Record, i: int, removed: frozenset[Dim]) -> At | None:
@@ -195,30 +188,61 @@ def unsettled(
     return found
 
 
-def mean_of(scope: Scope, record: Record) -> Dims | None:
-    """The dimensions whose mean a division, or product, by a number of units makes."""
+def mean_of(scope: Scope, record: Record) -> tuple[Dims, float] | None:
+    """Where a sum over units is divided by their number, as in a mean.
+
+    Returns:
+      The dimensions of the units, and how many less than these the number is: 1 in an
+      unbiased variance.
+    """
     eqn, name = record.eqn, record.eqn.primitive.name
-    if name not in ("div", "mul") or not isinstance(eqn.invars[1], Literal):
+    if name not in ("div", "mul"):
         return None
-    if np.ndim(eqn.invars[1].val):
-        return None
-    number = float(eqn.invars[1].val)
-    dims = _summed(scope, eqn.invars[0])
+    number = _number(scope, eqn.invars[1])
+    dims = _summed(scope, eqn.invars[0]) if number else None
     if dims is None or not number:
         return None
     count = math.prod(d.size for d in dims)
-    number = number if name == "div" else 1 / number
-    return dims if abs(number - count) <= 1e-6 * count else None
+    less = count - (number if name == "div" else 1 / number)
+    return next(((dims, n) for n in (0.0, 1.0) if abs(less - n) <= 1e-6 * count), None)
+
+
+def _number(scope: Scope, v: Any) -> float | None:
+    """A number that is written in the code, or computed from such numbers."""
+    if isinstance(v, Literal):
+        return float(v.val) if np.ndim(v.val) == 0 else None
+    if v.aval.shape:
+        return None
+    if v not in scope.makers:
+        outer = _operand(scope, v)
+        return None if outer is None else _number(*outer)
+    record, _ = scope.makers[v]
+    name = record.eqn.primitive.name
+    if name not in ("convert_element_type", "sub", "max"):
+        return None
+    parts = [_number(scope, x) for x in record.eqn.invars]
+    found = [x for x in parts if x is not None]
+    if len(found) < len(parts):
+        return None
+    if name == "sub":
+        return found[0] - found[1]
+    return max(found)
+
+
+def _operand(scope: Scope, v: Any) -> tuple[Scope, Any] | None:
+    """What an operand of a program is in the scope around it."""
+    names = list(scope.program.jaxpr.invars)
+    if scope.outer is None or scope.call is None or v not in names:
+        return None
+    return scope.outer, scope.call.eqn.invars[names.index(v)]
 
 
 def _summed(scope: Scope, v: Any) -> Dims | None:
     if isinstance(v, Literal):
         return None
     if v not in scope.makers:
-        names = list(scope.program.jaxpr.invars)
-        if scope.outer is None or scope.call is None or v not in names:
-            return None
-        return _summed(scope.outer, scope.call.eqn.invars[names.index(v)])
+        outer = _operand(scope, v)
+        return None if outer is None else _summed(*outer)
     record, i = scope.makers[v]
     name = record.eqn.primitive.name
     if name == "reduce_sum":

@@ -140,7 +140,7 @@ class Replay:
         """Outputs of an equation; as it stands, where nothing in it changes."""
         eqn, name = record.eqn, record.eqn.primitive.name
         if self.absent and (mean := mean_of(scope, record)) is not None:
-            values = [values[0], self.mean_divisor(mean, eqn)]
+            values = [values[0], self.mean_divisor(*mean, eqn)]
         dims = [d for x in record.operands for d in x.dims]
         dims += [d for out in record.outs for d in out]
         if not any(map(self.kept.changed, dims)):
@@ -164,8 +164,8 @@ class Replay:
             return self(record.inner[0], values, scope, record)
         return bind(record.eqn, values)
 
-    def mean_divisor(self, dims: Dims, eqn: Any) -> np.ndarray:
-        count = math.prod(map(self.kept.size, dims))
+    def mean_divisor(self, dims: Dims, less: float, eqn: Any) -> np.ndarray:
+        count = math.prod(map(self.kept.size, dims)) - less
         number = count if eqn.primitive.name == "div" else 1 / count
         return np.asarray(number, eqn.invars[1].aval.dtype)
 

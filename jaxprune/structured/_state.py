@@ -91,7 +91,9 @@ def cut_state(state: PyTree, params: PyTree, cuts: Cuts) -> PyTree:
     def like_params(x: Any) -> bool:
         return not only and jax.tree.structure(x) == whole
 
-    parts, treedef = jax.tree.flatten(state, is_leaf=like_params)
+    parts, treedef = jax.tree.flatten(
+        state, is_leaf=lambda x: like_params(x) or _is_packed(x)
+    )
     if any(map(like_params, parts)):
         new = [_cut_subtree(x, shapes, cuts) if like_params(x) else None for x in parts]
         rest = _cut_named(treedef.unflatten([None if like_params(x) else x for x in parts]),

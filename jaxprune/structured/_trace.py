@@ -111,9 +111,14 @@ class Graph:
     _dtypes: dict[str, Any] = dataclasses.field(repr=False)
 
     def __getitem__(self, name: str) -> Group:
-        """The group of this name."""
+        """The group of this name, or of an axis `path:axis` that is all of a member."""
         for group in self.groups:
-            if group.name == name:
+            axes = (
+                f"{m.path}:{m.axis}"
+                for m in group.members
+                if m.expression == group.name
+            )
+            if name in (group.name, *axes):
                 return group
         names = _tree.listing([g.name for g in self.groups])
         why = (

@@ -232,10 +232,8 @@ def test_a_cache_as_an_input_becomes_smaller(half):
         q = (x @ p["q"]).reshape(2, 1, 4, 8)
         return jnp.einsum("bqhd,bshd->bqs", q, cache), cache
 
-    p, args = (
-        {"k": normal(16, 32), "q": normal(16, 32)},
-        (normal(2, 1, 16), normal(2, 6, 4, 8), 2),
-    )
+    p = {"k": normal(16, 32), "q": normal(16, 32)}
+    args = normal(2, 1, 16), normal(2, 6, 4, 8), 2
     graph = structured.trace(fn, p, *args)
     assert not graph.groups and "input 1" in graph.frozen["k:1.0"]
     graph = structured.trace(fn, p, *args, resizable_inputs="1")
