@@ -40,7 +40,7 @@ def kind(leaf: Dim, axes: Sequence[Dim]) -> Kind:
     if "contracted by activations" in roles or _stands_in_heads(leaf):
         inside = "free again in activations" not in roles
         return "head_dim" if inside else "head"
-    if "chosen" in roles:
+    if "chosen" in roles or "scaled" in roles:
         return "expert"
     if "indexed" in roles:
         return "row"

@@ -84,7 +84,8 @@ def _reduce(eqn: Any, operands: Sequence[Operand]) -> Moved:
     axes = set(eqn.params["axes"])
     for a in axes:
         chosen = eqn.primitive.name in CHOICES
-        mark(operands[0].dims[a], "chosen" if chosen else "reduced")
+        role = "chosen" if chosen else "reduced" if len(axes) == 1 else "reduced with others"
+        mark(operands[0].dims[a], role)
     dims = tuple(d for i, d in enumerate(operands[0].dims) if i not in axes)
     return Moved([dims] * len(eqn.outvars))
 
@@ -103,6 +104,8 @@ def _dot(eqn: Any, operands: Sequence[Operand]) -> Moved:
         for x, axes, b in ((left, l_axes, l_batch), (right, r_axes, r_batch))
     ]
     if left.data and right.data and not pairs:  # one scales the other
+        for d in (a for a, _ in batch) if any(free) else ():
+            mark(d, "scaled")
         return Moved([(*(a for a, _ in batch), *free[0], *free[1])])
     kind = {2: "activations", 1: "weights", 0: "between weights"}[
         left.data + right.data

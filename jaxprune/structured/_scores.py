@@ -44,7 +44,7 @@ def score_groups(
       >>> params = {"up": jnp.array([[3.0, 0.0]]), "down": jnp.array([[4.0], [1.0]])}
       >>> graph = jp.structured.trace(fn, params, jnp.ones((5, 1)))
       >>> jp.structured.score_groups(graph, params, "l2")
-      {'up:1': array([5., 1.], dtype=float32)}
+      {'down:0': array([5., 1.], dtype=float32)}
 
     References:
       Ma, Fang, Wang, "LLM-Pruner: On the Structural Pruning of Large Language Models",
