@@ -110,8 +110,9 @@ def at_removed(scope: Scope, v: Any, removed: frozenset[Dim]) -> At | None:
     name, eqn = record.eqn.primitive.name, record.eqn
     if name in PLAIN_CALLS:
         return _inside(scope, record, i, removed)
-    reduces = name in REDUCTIONS
-    if not (is_pointwise(eqn) or name in _MOVES or name == "transpose" or reduces):
+    if not (is_pointwise(eqn) or name in _MOVES or name in ("transpose", *REDUCTIONS)):
+        return None
+    if any(_cuts(x.dims, dims[axis], removed) for x in record.operands):
         return None
     parts = [at_removed(scope, x, removed) for x in eqn.invars]
     found = [p for p in parts if p is not None]
@@ -128,6 +129,12 @@ def at_removed(scope: Scope, v: Any, removed: frozenset[Dim]) -> At | None:
         return bind(eqn, xs)[0]
 
     return compute
+
+
+def _cuts(dims: Dims, whole: Dim, removed: frozenset[Dim]) -> bool:
+    """Whether units lie along another axis here, where removed ones may differ."""
+    met = (d for d in dims if removed.intersection(_dims.leaves(d)))
+    return any(_dims.leaves(d) != _dims.leaves(whole) for d in met)
 
 
 def _inside(scope: Scope, record: Record, i: int, removed: frozenset[Dim]) -> At | None:

@@ -84,7 +84,13 @@ def _reduce(eqn: Any, operands: Sequence[Operand]) -> Moved:
     axes = set(eqn.params["axes"])
     for a in axes:
         chosen = eqn.primitive.name in CHOICES
-        role = "chosen" if chosen else "reduced" if len(axes) == 1 else "reduced with others"
+        role = (
+            "chosen"
+            if chosen
+            else "reduced"
+            if len(axes) == 1
+            else "reduced with others"
+        )
         mark(operands[0].dims[a], role)
     dims = tuple(d for i, d in enumerate(operands[0].dims) if i not in axes)
     return Moved([dims] * len(eqn.outvars))
