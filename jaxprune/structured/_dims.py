@@ -28,10 +28,12 @@ class Dim:
       minimum: how many units must stay, whoever chooses.
       beside: dimensions that products of activations are batched over, which leave this
         one free.
+      over: dimensions that these contract.
     """
 
     __slots__ = (
-        "beside", "form", "frozen", "link", "minimum", "number", "parts", "roles", "size",
+        "beside", "form", "frozen", "link", "minimum", "number", "over", "parts", "roles",
+        "size",
     )  # fmt: skip
 
     def __init__(
@@ -49,6 +51,7 @@ class Dim:
         self.roles: set[str] = set()
         self.minimum = 1
         self.beside: list[Dim] = []
+        self.over: list[Dim] = []
 
 
 class MisalignedError(Exception):
@@ -197,6 +200,7 @@ def _bind(leaf: Dim, to: Dim) -> None:
         x.frozen.update(leaf.frozen)
         x.roles |= leaf.roles
         x.beside += leaf.beside
+        x.over += leaf.over
         if x is to:
             x.minimum = max(x.minimum, leaf.minimum)
         elif leaf.minimum > 1:

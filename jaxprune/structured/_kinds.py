@@ -37,7 +37,7 @@ def kind(leaf: Dim, axes: Sequence[Dim]) -> Kind:
         return "channel"
     if "batch of weights" in roles or "batch of between weights" in roles:
         return "expert"
-    if "contracted by activations" in roles or _stands_in_heads(leaf):
+    if "contracted by activations" in roles or _is_attended(leaf):
         inside = "free again in activations" not in roles
         return "head_dim" if inside else "head"
     if "chosen" in roles or "scaled" in roles:
@@ -62,7 +62,8 @@ def _is_head(leaf: Dim) -> bool:
     ) and "contracted by activations" not in roles
 
 
-def _stands_in_heads(leaf: Dim) -> bool:
-    """Whether heads stand side by side where it is neither contracted nor one of them."""
-    beside = (x for d in leaf.beside for x in _dims.leaves(d))
-    return any(not x.frozen and x is not leaf for x in beside)
+def _is_attended(leaf: Dim) -> bool:
+    """Whether activations are weighted along an input, or beside heads, and this is kept."""
+    beside = [x for d in leaf.beside for x in _dims.leaves(d) if x is not leaf]
+    along = ([x.frozen for x in _dims.leaves(d)] for d in leaf.over)
+    return not all(x.frozen for x in beside) or any(map(all, along))

@@ -110,7 +110,11 @@ def at_removed(scope: Scope, v: Any, removed: frozenset[Dim]) -> At | None:
     name, eqn = record.eqn.primitive.name, record.eqn
     if name in PLAIN_CALLS:
         return _inside(scope, record, i, removed)
-    if not (is_pointwise(eqn) or name in _MOVES or name in ("transpose", *REDUCTIONS)):
+    if not (
+        is_pointwise(eqn) or name in _MOVES or name in ("transpose", "dot_general")
+    ):
+        return None
+    if name == "dot_general" and _contracts(record, removed):
         return None
     if any(_cuts(x.dims, dims[axis], removed) for x in record.operands):
         return None
@@ -129,6 +133,13 @@ def at_removed(scope: Scope, v: Any, removed: frozenset[Dim]) -> At | None:
         return bind(eqn, xs)[0]
 
     return compute
+
+
+def _contracts(record: Record, removed: frozenset[Dim]) -> bool:
+    """Whether the units are summed over in a product."""
+    axes = record.eqn.params["dimension_numbers"][0][0]
+    dims = (record.operands[0].dims[i] for i in axes)
+    return any(removed.intersection(_dims.leaves(d)) for d in dims)
 
 
 def _cuts(dims: Dims, whole: Dim, removed: frozenset[Dim]) -> bool:

@@ -277,7 +277,7 @@ def _chosen(run: Replay, record: Record, values: list[Any]) -> list[Any]:
 
 def _gather(run: Replay, record: Record, values: list[Any]) -> list[Any]:
     """Units are asked for by the numbers that they had; those removed are 0."""
-    params, (x, index) = record.eqn.params, values
+    params, x, index = record.eqn.params, values[0], jnp.asarray(values[1])
     numbers, dims = params["dimension_numbers"], record.operands[0].dims
     alive: Array | None = None
     for i, axis in enumerate(numbers.start_index_map):

@@ -23,7 +23,7 @@ _AS_IT_WAS = AS_THEY_ARE - {"optimization_barrier"} | {
 _POINTWISE = ELEMENTWISE | frozenset(
     "asin acos atan atan2 asinh acosh atanh sin cos tan sinh cosh erf_inv erfc lgamma "
     "digamma complex population_count clz igamma igammac polygamma bessel_i0e "
-    "bessel_i1e eq_to lt_to le_to random_gamma_grad mul_add".split()
+    "bessel_i1e eq_to lt_to le_to random_gamma_grad".split()
 )
 _LINEAR = frozenset("add sub neg add_any select_n".split()) | _AS_IT_WAS
 _REDUCTIONS = frozenset(
@@ -128,6 +128,7 @@ def _dot(eqn: Any, operands: Sequence[Operand]) -> Moved:
     if left.data and right.data:
         for leaf in (x for dims in free for d in dims for x in _dims.leaves(d)):
             leaf.beside += [a for a, _ in batch]
+            leaf.over += [a for a, _ in pairs]
     return Moved([(*(a for a, _ in batch), *free[0], *free[1])])
 
 
@@ -357,6 +358,7 @@ _RULES: dict[str, Callable[[Any, Sequence[Operand]], Moved | None]] = {
     "dynamic_update_slice": _indexing.dynamic_update,
     "expand_dims": _expand_dims,
     "gather": _indexing.gather,
+    "debug_callback": _free,
     "iota": _free,
     "pad": _pad,
     "ragged_dot_general": _ragged,

@@ -20,6 +20,7 @@ from jaxprune.structured._dims import Dim
 from jaxprune.structured._kinds import Kind
 from jaxprune.structured._propagate import Program, Propagation, Rule
 from jaxprune.structured._values import Dims, Operand
+from jaxprune.tracing._walk import CALLS
 
 Patterns = str | Sequence[str]
 
@@ -76,7 +77,8 @@ class Group:
     Attributes:
       name: path and axis of one of its members, such as `layers/0/up/kernel:1`; with the
         position of a part, such as `attn/qkv:1.2`, where an axis has several.
-      kind: what the units are. A `row` is one of a table that is indexed.
+      kind: what the units are, told from what is done along them: a label for choosing
+        and reading, on which nothing else depends. A `row` is one of a table.
       size: how many units.
       minimum: how many must stay.
       members: axes of leaves of the parameters, and of resizable inputs.
@@ -201,6 +203,9 @@ def trace(
     for path, dims in zip(traced.paths, traced.dims, strict=True):
         if _matches(path, ignore):
             _dims.freeze(dims, "ignored")
+    for i, dims in enumerate(traced.dims):
+        if not _is_used(traced.program, i):
+            _dims.freeze(dims, "not used")
     resizable: set[Dim] = set()
     for path, dims in zip(traced.input_paths, traced.inputs, strict=True):
         if _matches(path, resizable_inputs):
@@ -250,6 +255,20 @@ def read(
         jax.tree.structure(shape),
         propagation.unknown,
     )
+
+
+def _is_used(program: Program, i: int) -> bool:
+    """Whether anything is done with an operand."""
+    v = program.jaxpr.invars[i]
+    if any(x is v for x in program.jaxpr.outvars):
+        return True
+    for record in program.records:
+        for k, x in enumerate(record.eqn.invars):
+            if x is v and (
+                record.eqn.primitive.name not in CALLS or _is_used(record.inner[0], k)
+            ):
+                return True
+    return False
 
 
 def units(d: Dim, leaf: Dim) -> np.ndarray:

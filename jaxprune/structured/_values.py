@@ -44,7 +44,7 @@ def unknown(eqn: Any, operands: Sequence[Operand], reason: str) -> Moved:
     """Everything that the equation touches must stay."""
     for x in operands:
         freeze(x.dims, reason)
-    return Moved([frozen(v.aval.shape, reason) for v in eqn.outvars])
+    return Moved([frozen(shape_of(v.aval), reason) for v in eqn.outvars])
 
 
 def frozen(shape: Sequence[int], reason: str) -> Dims:

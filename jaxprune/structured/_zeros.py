@@ -5,6 +5,7 @@ it is multiplied by a zero weight, and is not where values of several units are 
 each value is followed along each dimension: is it 0 at units whose weights are?
 """
 
+import collections
 import functools
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
@@ -152,46 +153,80 @@ class Look:
 
     def value(self, record: Record, zeros: list[Zeros], dims: Dims) -> Zeros:
         """Of an output."""
-        name, eqn = record.eqn.primitive.name, record.eqn
+        name = record.eqn.primitive.name
         if name in ("dot_general", "conv_general_dilated", "ragged_dot_general"):
-            return self.product(record, zeros[:2], dims)
+            return self.product(zeros[:2], self.uncontracted(record), dims)
+        operands = [x.dims for x in record.operands]
         if name in _PRODUCTS:
-            return self.product(record, zeros, dims)
-        if name in ("max", "min", "clamp") and self.stays_zero(record, zeros):
-            return _meet(
-                z for z, x in zip(zeros, eqn.invars, strict=True) if not _number(x)
-            )
-        if name in ("scatter", "dynamic_update_slice", "scatter-add", "scatter_add"):
-            zeros = [zeros[0], zeros[1 if name == "dynamic_update_slice" else 2]]
-            return _meet(zeros)
-        if name == "select_n":
-            return _meet(zeros[1:])
+            return self.product(zeros, operands, dims)
         if name in ("concatenate", "pad"):
             return self.joined(record, zeros)
-        if name in _ALL_ZERO:
-            return _meet(zeros)
-        powers = name == "integer_pow" and eqn.params["y"] > 0
-        powers |= name == "pow" and _number(eqn.invars[1]) and eqn.invars[1].val > 0
-        if name in _FIXED or powers or name in ("div", "gather"):
-            return zeros[0]
-        return _NOTHING
+        if name == "gather":
+            return self.gathered(record, zeros[0])
+        met = _operands_to_meet(record, zeros, self.stays_zero(record))
+        found = _meet(zeros[i] for i in met) if met else _NOTHING
+        if found is None or (len(operands) == 1 and name != "broadcast_in_dim"):
+            return found
+        # In an outer sum units stand in two axes, and come from one operand in each.
+        times = [self.occurrences(operands[i]) for i in met if zeros[i] is not None]
+        here = self.occurrences(dims)
+        return frozenset(
+            d for d in found if here[d] < 2 or all(n[d] == here[d] for n in times)
+        )
 
-    def product(self, record: Record, zeros: Sequence[Zeros], dims: Dims) -> Zeros:
+    def occurrences(self, dims: Dims) -> collections.Counter[Dim]:
+        """How often each leaf stands in the axes."""
+        return collections.Counter(x for d in dims for x in _dims.leaves(d))
+
+    def product(
+        self, zeros: Sequence[Zeros], operands: Sequence[Dims], dims: Dims
+    ) -> Zeros:
+        """Of a product: 0 where one operand is, along axes that come from it."""
         if any(z is None for z in zeros):
             return None
-        found = _NOTHING.union(*(z for z in zeros if z is not None))
-        # A dimension that stands in two axes must be 0 along both.
-        twice = [d for d in found if sum(d in self._leaves(x) for x in dims) > 1]
-        having = [
-            (z, self.among(x.dims))
-            for z, x in zip(zeros, record.operands, strict=False)
+        pairs = [
+            (z & has, has)
+            for z, has in zip(zeros, map(self.among, operands), strict=True)
+            if z is not None
         ]
-        bad = {
+        found = _NOTHING.union(*(z for z, _ in pairs))
+        # A dimension that stands in two axes must be 0 along both.
+        here = self.occurrences(dims)
+        return frozenset(
             d
-            for d in twice
-            if any(d in has and d not in (z or ()) for z, has in having)
-        }
-        return found - bad
+            for d in found
+            if here[d] < 2 or all(d in z for z, has in pairs if d in has)
+        )
+
+    def uncontracted(self, record: Record) -> list[Dims]:
+        """Axes of the two operands of a product that its output has."""
+        left, right = (x.dims for x in record.operands[:2])
+        name, params = record.eqn.primitive.name, record.eqn.params
+        if name == "conv_general_dilated":
+            numbers = params["dimension_numbers"]
+            group = (record.extra,) if params["feature_group_count"] > 1 else ()
+            return [(left[numbers.lhs_spec[0]], *group), (right[numbers.rhs_spec[0]],)]
+        if name == "dot_general":
+            l_axes, r_axes = params["dimension_numbers"][0]
+        else:
+            numbers = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+            l_axes, r_axes = numbers[0]
+        return [
+            tuple(d for i, d in enumerate(x) if i not in axes)
+            for x, axes in ((left, l_axes), (right, r_axes))
+        ]
+
+    def gathered(self, record: Record, zeros: Zeros) -> Zeros:
+        """Of a gather: slices keep their units; what is asked for may be any."""
+        if zeros is None:
+            return None
+        dims, offset = (
+            record.outs[0],
+            record.eqn.params["dimension_numbers"].offset_dims,
+        )
+        slices = self.among(tuple(dims[i] for i in offset))
+        rows = self.among(tuple(d for i, d in enumerate(dims) if i not in offset))
+        return zeros & (slices - rows)
 
     def joined(self, record: Record, zeros: Sequence[Zeros]) -> Zeros:
         """Of a concatenation, or a padded value: a part has what its operand has."""
@@ -209,16 +244,15 @@ class Look:
             if all(z is None or d in z for has, z in having if d in has)
         )
 
-    def stays_zero(self, record: Record, zeros: Sequence[Zeros]) -> bool:
+    def stays_zero(self, record: Record) -> bool:
         """Whether f(0) = 0 of a comparison with numbers."""
-        name, numbers = record.eqn.primitive.name, record.eqn.invars
-        values = [np.asarray(x.val).item() for x in numbers if _number(x)]
+        name, operands = record.eqn.primitive.name, record.eqn.invars
+        if name not in ("max", "min", "clamp"):
+            return False
+        values = [np.asarray(x.val).item() for x in operands if _number(x)]
         if name == "clamp":
-            return (
-                _number(numbers[0])
-                and _number(numbers[2])
-                and (values[0] <= 0 <= values[-1])
-            )
+            bounded = _number(operands[0]) and _number(operands[2])
+            return bounded and values[0] <= 0 <= values[-1]
         if len(values) != 1:
             return False
         return values[0] <= 0 if name == "max" else values[0] >= 0
@@ -311,6 +345,25 @@ class Look:
                 self.quiet -= 1
                 return carry
             carry = met
+
+
+def _operands_to_meet(record: Record, zeros: Sequence[Zeros], fixed: bool) -> list[int]:
+    """Operands all of which must be 0, so that an output is; none if it never is."""
+    name, eqn = record.eqn.primitive.name, record.eqn
+    every = list(range(len(zeros)))
+    if fixed:
+        return [i for i, x in enumerate(eqn.invars) if not _number(x)]
+    if name in ("scatter", "scatter-add", "scatter_add"):
+        return [0, 2]
+    if name == "dynamic_update_slice":
+        return [0, 1]
+    if name == "select_n":
+        return every[1:]
+    if name in _ALL_ZERO:
+        return every
+    powers = name == "integer_pow" and eqn.params["y"] > 0
+    powers |= name == "pow" and _number(eqn.invars[1]) and eqn.invars[1].val > 0
+    return [0] if name in _FIXED or powers or name == "div" else []
 
 
 def _first(record: Record) -> Dims:

@@ -57,6 +57,14 @@ def test_inputs_outputs_and_ignored_leaves_are_frozen():
     assert names(graph) == ["a:1", "b:1", "c:1"]
 
 
+def test_leaves_that_are_not_used_stay_as_they_are():
+    graph = structured.trace(
+        lambda p, x: jax.jit(fn)(p, x), {**P, "z": jnp.ones((8, 8))}, X
+    )
+    assert names(graph) == ["a:1", "b:1"]
+    assert graph.frozen["z:0"] == graph.frozen["z:1"] == ("not used",)
+
+
 def test_ties_couple_groups_that_the_function_does_not():
     graph = structured.trace(fn, P, X, tie=[("a:1", "b:1")])
     assert names(graph) == ["a:1"]
