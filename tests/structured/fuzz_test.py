@@ -17,7 +17,7 @@ from jaxprune import structured
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 B, T = 2, 3
-COUNT = int(os.environ.get("STRUCTURED_FUZZ", "24"))
+COUNT = int(os.environ.get("STRUCTURED_FUZZ", "16"))
 FUNCTIONS = [
     jax.nn.relu, jnp.tanh, jax.nn.sigmoid, jax.nn.gelu, jax.nn.silu, jnp.square, jnp.abs,
     jax.nn.softplus, jnp.cos, jax.nn.elu, jax.nn.relu6, jax.nn.leaky_relu,
@@ -280,7 +280,7 @@ STEPS = [
         lambda h: lax.cond(h.sum() > 0, jnp.tanh, lambda x: 0.5 * x, h),
         lambda h: jnp.stack([h, jnp.tanh(h), 2 * h]).mean(0),
         lambda h: h.at[:, 1].set(0.5),
-        jax.jit(lambda h: jnp.tanh(h) * jnp.mean(h)),
+        jax.jit(lambda h: jnp.tanh(h) * (1 + jnp.mean(h))),
         lambda h: jnp.where(jax.random.bernoulli(jax.random.key(3), 0.8, h.shape), h, 0),
         lambda h: jnp.clip(h, -1, 1),
     ]),
