@@ -198,13 +198,12 @@ def _rebound(record: Record, values: list[Any], **params: Any) -> Sequence[Any]:
     return found if eqn.primitive.multiple_results else [found]
 
 
-def _reshape(run: Replay, record: Record, values: list[Any]) -> list[Any]:
-    return [lax.reshape(values[0], run.kept.shape(record.outs[0]))]
+def _reshape(run: Replay, record: Record, values: list[Any]) -> Sequence[Any]:
+    return _rebound(record, values, new_sizes=run.kept.shape(record.outs[0]))
 
 
-def _broadcast(run: Replay, record: Record, values: list[Any]) -> list[Any]:
-    axes = record.eqn.params["broadcast_dimensions"]
-    return [lax.broadcast_in_dim(values[0], run.kept.shape(record.outs[0]), axes)]
+def _broadcast(run: Replay, record: Record, values: list[Any]) -> Sequence[Any]:
+    return _rebound(record, values, shape=run.kept.shape(record.outs[0]))
 
 
 def _iota(run: Replay, record: Record, values: list[Any]) -> list[Any]:

@@ -89,6 +89,29 @@ def test_values_that_the_function_closes_over_do_not_leak(half):
     close(outer(X, 3.0), 6 * two_layers(jnp.tanh)(plan.mask(P), X))
 
 
+def _on_a_mesh(kind):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
+    return mesh, lambda *names: jax.NamedSharding(mesh, jax.P(*names))
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_arrays_on_a_mesh(kind, half):
+    mesh, on = _on_a_mesh(jax.sharding.AxisType[kind])
+    fn = two_layers(lambda h: jnp.tanh(h).reshape(8, 2, 8).reshape(8, 16))
+    p = {"a": normal(4, 16), "b": normal(16, 3)}
+    plan = half(structured.trace(fn, p, normal(8, 4)))
+    x = normal(8, 4)
+    expected = fn(plan.mask(p), x)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(
+            plan.shrink(p), {"a": on(None, "model"), "b": on("model")}
+        )
+        if kind == "Explicit":
+            placed = jax.device_put(plan.shrink(p), on())
+        found = jax.jit(plan.rewrite(fn))(placed, jax.device_put(x, on("data")))
+    close(found, expected)
+
+
 @jax.custom_jvp
 def _doubled(x, n):
     return jnp.maximum(x, 0) * n
