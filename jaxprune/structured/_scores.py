@@ -17,7 +17,7 @@ def score_groups(
     *,
     gradients: PyTree = None,
 ) -> dict[str, np.ndarray]:
-    r"""A score for each unit of each group: more is kept.
+    """A score for each unit of each group: more is kept.
 
     The weights of a unit are all slices that go with it, in every member of the group. A
     weight that lies in two of its axes, as in a recurrent kernel, counts for each.
@@ -25,14 +25,14 @@ def score_groups(
     Args:
       graph: of `trace`.
       params: the parameters that it was traced with.
-      criterion: `"l2"`, :math:`\sqrt{\sum w^2}`; `"l1"`, :math:`\sum |w|`; `"taylor"`,
-        :math:`\sum |w \cdot \partial L / \partial w|`, the change of the loss of first
-        order, weight by weight (LLM-Pruner's element-wise form); or a pytree shaped like
-        `params` with a score for each weight, which are summed.
+      criterion: `"l2"`, the root of the sum of w²; `"l1"`, the sum of |w|; `"taylor"`, the
+        sum of |w ∂L/∂w|, the change of the loss of first order, weight by weight
+        (LLM-Pruner's element-wise form); or a pytree shaped like `params` with a score
+        for each weight, which are summed.
       gradients: of the loss, shaped like `params`; for `"taylor"`.
 
     Returns:
-      `{group name: scores [units]}`, float32.
+      Scores, float32 [units], by name of the group.
 
     Raises:
       ValueError: if the criterion is not known, gradients are missing, or a tree does not
