@@ -158,7 +158,7 @@ def trace(
     *args: Any,
     ignore: Patterns = (),
     tie: Iterable[tuple[str, str]] = (),
-    freeze_outputs: bool = True,
+    freeze_outputs: bool | Patterns = True,
     resizable_inputs: Patterns = (),
     rules: Mapping[str, Rule] | None = None,
 ) -> Graph:
@@ -176,7 +176,8 @@ def trace(
       ignore: glob patterns of leaves all of whose axes stay as they are.
       tie: pairs of names of groups that lose the same units, though the function does
         not couple them: a module may ask for query and value heads of one width.
-      freeze_outputs: whether outputs keep their shapes.
+      freeze_outputs: whether outputs keep their shapes; or glob patterns of those that
+        do, by path, such as `"0"` where new batch statistics are the second output.
       resizable_inputs: glob patterns of arguments that may become smaller, such as
         `"1/*"` for a cache of keys and values that is the third argument of `fn`: paths
         in the tuple of the arguments behind `params`. Outputs that go with them do too.
@@ -212,11 +213,11 @@ def trace(
             resizable |= {leaf for d in dims for leaf in _dims.leaves(d)}
         else:
             _dims.freeze(dims, f"input {path}")
-    for out in traced.program.outs if freeze_outputs else ():
-        for d in out.dims:
-            for leaf in _dims.leaves(d):
-                if leaf not in {_dims.find(x) for x in resizable}:
-                    _dims.freeze(leaf, "output")
+    resizable = {leaf for d in resizable for leaf in _dims.leaves(d)}
+    for out in _fixed(traced, freeze_outputs):
+        for leaf in (x for d in out.dims for x in _dims.leaves(d)):
+            if leaf not in resizable:
+                _dims.freeze(leaf, "output")
     axes = _axes(traced, resizable_inputs)
     for pair in tie:
         _tie(axes, pair)
@@ -255,6 +256,16 @@ def read(
         jax.tree.structure(shape),
         propagation.unknown,
     )
+
+
+def _fixed(traced: Traced, which: bool | Patterns) -> list[Operand]:
+    """Outputs that keep their shapes."""
+    outs = list(traced.program.outs)
+    if isinstance(which, bool):
+        return outs if which else []
+    paths = _tree.paths(traced.out_tree.unflatten(range(len(outs))))
+    _check_patterns("freeze_outputs", which, paths)
+    return [x for p, x in zip(paths, outs, strict=True) if _matches(p, which)]
 
 
 def _is_used(program: Program, i: int) -> bool:

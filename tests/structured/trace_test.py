@@ -57,6 +57,22 @@ def test_inputs_outputs_and_ignored_leaves_are_frozen():
     assert names(graph) == ["a:1", "b:1", "c:1"]
 
 
+def test_some_outputs_may_become_smaller():
+    def both(p, x):
+        h = jax.nn.relu(x @ p["a"])
+        return {"y": h @ p["c"], "statistics": {"mean": h.mean(0)}}
+
+    assert names(structured.trace(both, P, X)) == []
+    graph = structured.trace(both, P, X, freeze_outputs="y")
+    assert names(graph) == ["a:1"] and graph.frozen["c:1"] == ("output",)
+    plan = structured.planned(graph, {"a:1": [1, 3]})
+    small = plan.rewrite(both)(plan.shrink(P), X)
+    assert small["statistics"]["mean"].shape == (2,)
+    assert plan.verify(both, P, X).equal
+    with pytest.raises(ValueError, match="freeze_outputs: the pattern 'z'"):
+        structured.trace(both, P, X, freeze_outputs="z")
+
+
 def test_leaves_that_are_not_used_stay_as_they_are():
     graph = structured.trace(
         lambda p, x: jax.jit(fn)(p, x), {**P, "z": jnp.ones((8, 8))}, X
