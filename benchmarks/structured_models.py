@@ -53,7 +53,7 @@ def models() -> Any:
         yield name, others[name], others["MOE"], (x,)
     params = {"a": x.T, "b": x}
     yield "weight_norm", weight_norm, params, (x,)
-    flax = load("flax_test")
+    flax = load("modules_test")
     linen = {name: (m, (x,)) for name, (m, x, _) in flax["LINEN"].items()}
     linen |= {name: (m, x) for name, (m, x, _) in load("zoo_test")["MODELS"].items()}
     for name, (module, args) in linen.items():

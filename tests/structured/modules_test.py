@@ -1,7 +1,8 @@
-"""Flax models, linen and NNX: every group found, and shrunk equal to masked."""
+"""Modules of linen, NNX and Equinox: every group found, and shrunk equal to masked."""
 
 import collections
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -234,3 +235,22 @@ def test_nnx(name, check, random_params):
     graph = check(lambda s, x: nnx.merge(graphdef, s)(x), random_params(state), x)
     assert collections.Counter(g.kind for g in graph.groups) == kinds
     assert not any(g.notes for g in graph.groups)
+
+
+def test_equinox(check):
+    mlp = eqx.nn.MLP(7, 3, 8, 2, key=KEY)
+    params, static = eqx.partition(mlp, eqx.is_array)
+    graph = check(
+        lambda p, x: jax.vmap(eqx.combine(p, static))(x), params, SEQUENCES[0]
+    )
+    assert [(g.name, g.kind) for g in graph.groups] == [
+        ("layers/0/weight:0", "neuron"), ("layers/1/weight:0", "neuron"),
+    ]  # fmt: skip
+
+
+def test_boxes_of_partitioned_parameters(check):
+    boxed = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    module = nn.Sequential([nn.Dense(8, kernel_init=boxed), nn.relu, nn.Dense(3)])
+    variables = module.init(KEY, SEQUENCES)
+    graph = check(module.apply, variables, SEQUENCES)
+    assert [g.name for g in graph.groups] == ["layers_0/kernel:1"]
