@@ -111,13 +111,13 @@ def plan(
         return {g.name: count(g, shares.get(g.name, 0.0)) for g in graph.groups}
 
     counter = Counter(graph)
-    share = ratio if target is None else _bisect(counter, counts, target)
+    share = _bisect(counter, counts, target) if target else ratio or 0.0
+    sizes = counts(share)
     kept = {
-        g.name: _best(found[g.name], n) if (n := final[g.name]) < g.size
-        else np.arange(g.size)
-        for final in [counts(share if share is not None else 0.0)]
-        for g in graph.groups
-    }  # fmt: skip
+        name: _best(scored, sizes[name])
+        for name, scored in found.items()
+        if sizes[name] < len(scored)
+    }
     return planned(graph, kept)
 
 
