@@ -49,6 +49,7 @@ if typing.TYPE_CHECKING:
     from jaxprune import calibration as calibration
     from jaxprune import kernels as kernels
     from jaxprune import posttrain as posttrain
+    from jaxprune import structured as structured
     from jaxprune import tracing as tracing
 
     from .acceleration import accelerate as accelerate
@@ -63,6 +64,7 @@ _LATER = {
     "kernels": "kernels",
     "posttrain": "posttrain",
     "predict": "acceleration",
+    "structured": "structured",
     "tracing": "tracing",
 }
 

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "tracing": {"_tree"},
     "calibration": {"_tree", "tracing"},
     "posttrain": _MEASURES | {"checkpoint"},
-    "structured": {"_tree", "tracing", "scores", "calibration"},
+    "structured": {"_tree", "masks", "tracing", "scores", "calibration"},
     "formats": {"_tree", "masks", "structures"},
     "kernels": {"formats", "masks", "structures"},
     "acceleration": {"_tree", "masks", "structures", "tracing", "formats", "kernels"},

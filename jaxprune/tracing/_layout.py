@@ -62,7 +62,7 @@ def joined(atoms: Iterable[tuple[int, int]]) -> Atoms:
 def reshape(dims: Sequence[Dim], shape: Sequence[int]) -> tuple[Dim, ...] | None:
     """The axes after a reshape; `None` if they have no strides."""
     found: list[Dim] = []
-    for old, new in _aligned([d.total for d in dims], shape):
+    for old, new in aligned([d.total for d in dims], shape):
         part = [dims[i] for i in old]
         group = _reshape_group(part, [shape[i] for i in new])
         if group is None:
@@ -71,7 +71,7 @@ def reshape(dims: Sequence[Dim], shape: Sequence[int]) -> tuple[Dim, ...] | None
     return tuple(found)
 
 
-def _aligned(old: Sequence[int], new: Sequence[int]) -> list[tuple[range, range]]:
+def aligned(old: Sequence[int], new: Sequence[int]) -> list[tuple[range, range]]:
     """Cuts two shapes of one size into the shortest runs of equal size."""
     found, i, j = [], 0, 0
     while i < len(old) or j < len(new):

@@ -11,11 +11,11 @@ from jaxprune.tracing._layout import Atoms, Dim
 
 Place = tuple[int, ...]
 
-_AS_THEY_ARE = frozenset(
+AS_THEY_ARE = frozenset(
     "copy copy_p optimization_barrier sharding_constraint reshard mesh_cast name "
     "convert_element_type device_put pvary".split()
 )
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
     "add sub mul div rem neg abs sign max min pow integer_pow square sqrt rsqrt cbrt "
     "exp exp2 log log1p expm1 tanh logistic erf floor ceil round clamp select_n not "
     "and or xor eq ne lt le gt ge is_finite shift_left shift_right_logical "
@@ -72,13 +72,13 @@ def move(
     """
     name = eqn.primitive.name
     found = None
-    if name in _AS_THEY_ARE and len(operands) == len(eqn.outvars):
+    if name in AS_THEY_ARE and len(operands) == len(eqn.outvars):
         return Moved(operands)
-    if name in _ELEMENTWISE or name in ("concatenate", "stack"):
+    if name in ELEMENTWISE or name in ("concatenate", "stack"):
         if any(data):
             lost = [p for parts in operands for p in parts]
             return Moved([()], lost, f"{name} with an activation")
-        if name in _ELEMENTWISE:
+        if name in ELEMENTWISE:
             return _elementwise(eqn, operands)
         return Moved([_concatenate(eqn, operands)])
     if name in ("split", "unstack"):
@@ -97,7 +97,7 @@ def permuted(eqn: Any) -> tuple[int, ...] | None:
     """Order of the axes of the operand, where they and its type are all that changes."""
     if eqn.primitive.name == "transpose":
         return tuple(eqn.params["permutation"])
-    if eqn.primitive.name in _AS_THEY_ARE and len(eqn.invars) == 1:
+    if eqn.primitive.name in AS_THEY_ARE and len(eqn.invars) == 1:
         return tuple(range(eqn.invars[0].aval.ndim))
     return None
 

@@ -1,0 +1,340 @@
+"""Chooses how many units of each group stay, and which."""
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+from jaxprune import _tree
+from jaxprune.structured import _kinds, _state
+from jaxprune.structured._costs import Cost, Counter
+from jaxprune.structured._kinds import Kind
+from jaxprune.structured._plan import Choice, Plan
+from jaxprune.structured._replay import Kept
+from jaxprune.structured._trace import INPUT, Graph, Group
+
+Scope = Literal["local", "global", "isomorphic"]
+_STEPS = 40
+
+
+class Target(NamedTuple):
+    """Shares of the full cost that may remain, each above 0 and at most 1.
+
+    Attributes:
+      parameters: share of the parameters.
+      bytes: share of their bytes.
+      flops: share of the operations in products.
+    """
+
+    parameters: float | None = None
+    bytes: float | None = None
+    flops: float | None = None
+
+
+def plan(
+    graph: Graph,
+    scores: Mapping[str, np.ndarray],
+    *,
+    ratio: float | None = None,
+    target: Target | None = None,
+    scope: Scope = "local",
+    kinds: Sequence[Kind] | None = None,
+    overrides: Mapping[str, float] | None = None,
+    round_to: int = 1,
+    min_keep: int = 1,
+    max_ratio: float = 1.0,
+    normalize: bool = True,
+) -> Plan:
+    """Keeps the units of the highest scores.
+
+    Args:
+      graph: of `trace`.
+      scores: `{group name: scores [units]}`, as `score_groups` gives; ties go to the
+        lower number, and NaN loses.
+      ratio: share of units to remove. The share of parameters that goes is larger where
+        both sides of a matrix lose units, 1 - (1 - ratio)².
+      target: instead of a ratio, what may remain; the smallest ratio that meets it is
+        found by bisection.
+      scope: `"local"` removes the ratio from each group; `"global"` ranks units of all
+        groups together; `"isomorphic"` those of groups of one kind whose members have the
+        same shapes (Fang et al., arXiv 2407.04616).
+      kinds: of groups to prune. By default all but `"layer"`, whole steps of a scan, and
+        `"row"`, entries of a table such as a vocabulary.
+      overrides: `{pattern: ratio}` for groups whose name, or a member's path, matches; the
+        last match wins, and 0 keeps all. These ratios hold whatever `ratio` or `target`.
+      round_to: the number kept is a multiple of this, the nearest one, or all.
+      min_keep: the least number kept in a group.
+      max_ratio: the largest share removed of a group.
+      normalize: whether scores are divided by the mean of their group before groups are
+        ranked together.
+
+    Raises:
+      ValueError: if both or none of `ratio` and `target` are given, a number is out of
+        range, scores are missing, a pattern matches nothing, or the target cannot be met.
+
+    Example:
+      >>> def fn(params, x):
+      ...     return jax.nn.relu(x @ params["up"]) @ params["down"]
+      >>> params = {"up": jnp.ones((2, 8)), "down": jnp.ones((8, 3))}
+      >>> graph = jp.structured.trace(fn, params, jnp.ones((5, 2)))
+      >>> scores = jp.structured.score_groups(graph, params, "l2")
+      >>> plan = jp.structured.plan(graph, scores, ratio=0.25)
+      >>> print(plan)
+      group   kind    units  kept  notes
+      down:0  neuron  8      6
+      parameters: 40 -> 30 (75.0%)
+      bytes: 160 -> 120 (75.0%)
+      flops: 400 -> 300 (75.0%)
+      >>> plan.shrink(params)["up"].shape
+      (2, 6)
+    """
+    _check(ratio, target, scope, round_to, min_keep, max_ratio, kinds)
+    fixed = _overrides(graph, overrides or {})
+    wanted = set(kinds) if kinds else set(_kinds.KINDS) - {"layer", "row"}
+    groups = [g for g in graph.groups if g.kind in wanted and g.name not in fixed]
+    found = {
+        g.name: _scores(g, scores) for g in graph.groups if _is_scored(g, groups, fixed)
+    }
+
+    def count(group: Group, share: float) -> int:
+        least = max(min_keep, group.minimum, round(group.size * (1 - max_ratio)), 1)
+        n = round(group.size * (1 - share))
+        if n < group.size and round_to > 1:
+            n = max(round(n / round_to), 1) * round_to
+            least = -(-least // round_to) * round_to
+        return min(max(n, least), group.size)
+
+    def counts(share: float) -> dict[str, int]:
+        shares = _shares(groups, found, share, scope, normalize)
+        shares |= {g.name: fixed[g.name] for g in graph.groups if g.name in fixed}
+        return {g.name: count(g, shares.get(g.name, 0.0)) for g in graph.groups}
+
+    counter = Counter(graph)
+    share = _bisect(counter, counts, target) if target else ratio or 0.0
+    sizes = counts(share)
+    kept = {
+        name: _best(scored, sizes[name])
+        for name, scored in found.items()
+        if sizes[name] < len(scored)
+    }
+    return planned(graph, kept)
+
+
+def planned(graph: Graph, kept: Mapping[str, np.ndarray]) -> Plan:
+    """The plan that keeps these units, in any way they were chosen.
+
+    Args:
+      graph: of `trace`.
+      kept: `{group: numbers of units}`, sorted or not, by names that `graph[name]` knows;
+        groups that are not named keep all.
+
+    Raises:
+      ValueError: if a group is not known, units are out of range, or too few are kept.
+
+    Example:
+      >>> def fn(params, x):
+      ...     return jax.nn.relu(x @ params["up"]) @ params["down"]
+      >>> params = {"up": jnp.ones((2, 8)), "down": jnp.ones((8, 3))}
+      >>> graph = jp.structured.trace(fn, params, jnp.ones((5, 2)))
+      >>> plan = jp.structured.planned(graph, {"down:0": [0, 1, 5]})
+      >>> plan.shrink(params)["down"].shape
+      (3, 3)
+    """
+    try:
+        kept = {graph[name].name: units for name, units in kept.items()}
+    except KeyError as error:
+        raise ValueError(f"kept: {error.args[0]}") from None
+    choices = {}
+    units = {}
+    for g in graph.groups:
+        chosen = np.unique(np.asarray(kept.get(g.name, np.arange(g.size)), int))
+        if len(chosen) < g.minimum or chosen[0] < 0 or chosen[-1] >= g.size:
+            raise ValueError(
+                f"kept: got {chosen.tolist()} for {g.name}; expected at least {g.minimum} "
+                f"numbers from 0 to {g.size - 1}."
+            )
+        choices[g.name] = Choice(g.kind, g.size, chosen, g.notes)
+        if len(chosen) < g.size:
+            mask = np.zeros(g.size, bool)
+            mask[chosen] = True
+            units[g.members[0]._leaf] = mask
+    places = Kept(units)
+    cuts: _state.Cuts = {}
+    input_cuts: _state.Cuts = {}
+    for g in graph.groups:
+        for m in g.members:
+            if not places.changed(m._dim):
+                continue
+            of_input = m.path.startswith(INPUT)
+            table = input_cuts if of_input else cuts
+            axes = table.setdefault(
+                m.path.removeprefix(INPUT) if of_input else m.path, {}
+            )
+            axes[m.axis] = places.places(m._dim)
+    traced, counter = graph._traced, Counter(graph)
+    sizes = {name: len(c.kept) for name, c in choices.items()}
+    return Plan(
+        groups=choices,
+        shapes=dict(graph.shapes),
+        cuts=cuts,
+        input_shapes={
+            p: tuple(d.size for d in dims)
+            for p, dims in zip(traced.input_paths, traced.inputs, strict=True)
+            if p in input_cuts
+        },
+        input_cuts=input_cuts,
+        before=counter({}),
+        after=counter(sizes),
+    )
+
+
+def _check(ratio, target, scope, round_to, min_keep, max_ratio, kinds) -> None:
+    if (ratio is None) == (target is None):
+        raise ValueError(
+            f"ratio, target: got {ratio!r} and {target!r}; expected one of them, such as "
+            "ratio=0.5 or target=structured.Target(flops=0.5)."
+        )
+    if ratio is not None and not 0 <= ratio < 1:
+        raise ValueError(
+            f"ratio: got {ratio!r}; expected a share in [0, 1), such as 0.5."
+        )
+    if target is not None and (
+        not any(x is not None for x in target)
+        or not all(x is None or 0 < x <= 1 for x in target)
+    ):
+        raise ValueError(
+            f"target: got {target!r}; expected shares in (0, 1] that may remain, at least "
+            "one of parameters, bytes and flops."
+        )
+    if scope not in get_args(Scope):
+        raise ValueError(f"scope: got {scope!r}; expected one of {get_args(Scope)}.")
+    if round_to < 1 or min_keep < 1:
+        raise ValueError(
+            f"round_to, min_keep: got {round_to!r} and {min_keep!r}; expected 1 or more."
+        )
+    if not 0 < max_ratio <= 1:
+        raise ValueError(f"max_ratio: got {max_ratio!r}; expected a share in (0, 1].")
+    unknown = [k for k in kinds or () if k not in _kinds.KINDS]
+    if unknown:
+        raise ValueError(f"kinds: got {unknown}; expected some of {_kinds.KINDS}.")
+
+
+def _overrides(graph: Graph, overrides: Mapping[str, float]) -> dict[str, float]:
+    found = {}
+    for pattern, share in overrides.items():
+        if not 0 <= share < 1:
+            raise ValueError(
+                f"overrides: got {share!r} for {pattern!r}; expected a share in [0, 1)."
+            )
+        names = [
+            g.name
+            for g in graph.groups
+            if fnmatch.fnmatchcase(g.name, pattern)
+            or any(fnmatch.fnmatchcase(m.path, pattern) for m in g.members)
+        ]
+        if not names:
+            groups = _tree.listing([g.name for g in graph.groups])
+            raise ValueError(
+                f"overrides: the pattern {pattern!r} matches no group, nor the path of a "
+                f"member. The groups are: {groups}."
+            )
+        found |= dict.fromkeys(names, share)
+    return found
+
+
+def _is_scored(
+    group: Group, groups: Sequence[Group], fixed: Mapping[str, float]
+) -> bool:
+    return group in groups or fixed.get(group.name, 0) > 0
+
+
+def _scores(group: Group, scores: Mapping[str, np.ndarray]) -> np.ndarray:
+    if group.name not in scores:
+        raise ValueError(
+            f"scores: the group {group.name} has none. Pass what score_groups gives of the "
+            "same graph, or leave the group out with kinds= or overrides=."
+        )
+    x = np.asarray(scores[group.name], np.float64)
+    if x.shape != (group.size,):
+        raise ValueError(
+            f"scores: {group.name} has {group.size} units, and scores of the shape {x.shape}. "
+            "Pass a score for each unit."
+        )
+    return np.where(np.isnan(x), -np.inf, x)
+
+
+def _best(scores: np.ndarray, n: int) -> np.ndarray:
+    return np.sort(np.argsort(-scores, kind="stable")[:n])
+
+
+def _shares(
+    groups: Sequence[Group],
+    scores: Mapping[str, np.ndarray],
+    share: float,
+    scope: Scope,
+    normalize: bool,
+) -> dict[str, float]:
+    """What each group loses."""
+    if scope == "local":
+        return {g.name: share for g in groups}
+    classes: dict[object, list[Group]] = {}
+    for g in groups:
+        classes.setdefault(_class(g) if scope == "isomorphic" else None, []).append(g)
+    found = {}
+    for members in classes.values():
+        ranked = [_ranked(scores[g.name], normalize) for g in members]
+        order = np.argsort(np.concatenate(ranked), kind="stable")
+        lost = np.zeros(len(order), bool)
+        lost[order[: round(len(order) * share)]] = True
+        ends = np.cumsum([g.size for g in members])[:-1]
+        for g, part in zip(members, np.split(lost, ends), strict=True):
+            found[g.name] = float(part.mean())
+    return found
+
+
+def _ranked(scores: np.ndarray, normalize: bool) -> np.ndarray:
+    mean = np.mean(scores[np.isfinite(scores)]) if np.isfinite(scores).any() else 0.0
+    return scores / mean if normalize and mean > 0 else scores
+
+
+def _class(group: Group) -> object:
+    """The same for groups of the same form in layers of the same form."""
+    members = sorted(
+        (m.axis, len(m.units), m.expression.count("*")) for m in group.members
+    )
+    return group.kind, group.size, tuple(members)
+
+
+def _bisect(
+    counter: Counter, counts: Callable[[float], dict[str, int]], target: Target
+) -> float:
+    """The smallest share removed that meets the target."""
+    dense = counter({})
+
+    def meets(share: float) -> bool:
+        cost = counter(counts(share))
+        return all(
+            x is None or getattr(cost, name) <= x * getattr(dense, name)
+            for name, x in zip(Target._fields, target, strict=True)
+        )
+
+    low, high = 0.0, 1.0
+    if meets(low):
+        return low
+    if not meets(high):
+        rest = Cost(*counter(counts(high)))
+        left = {
+            name: getattr(rest, name) / max(getattr(dense, name), 1)
+            for name, x in zip(Target._fields, target, strict=True)
+            if x is not None
+        }
+        raise ValueError(
+            f"target: got {target}; with all units removed that may go, these shares remain: "
+            f"{left}. Ask for more than that, or allow more: kinds=, max_ratio=, min_keep=, "
+            "round_to=, ignore= of the trace."
+        )
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if meets(middle) else (middle, high)
+    return high

@@ -1,0 +1,173 @@
+"""Functions with derivatives of their own, at other sizes.
+
+Their rules are Python functions that saw the full sizes. So the derivative, too, is read as
+a jaxpr at full sizes and run at the new ones, the first time that it is asked for.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.structured import _dims
+from jaxprune.structured._dims import Dim
+from jaxprune.structured._propagate import Program, Propagation, Record
+from jaxprune.structured._removed import Zeros
+from jaxprune.structured._values import Dims, Operand
+from jaxprune.tracing._replay import bind
+
+if TYPE_CHECKING:
+    from jaxprune.structured._replay import Replay
+
+
+def custom_jvp(run: "Replay", record: Record, values: list[Any]) -> Sequence[Any]:
+    """Evaluates a `custom_jvp` function, and keeps its rule."""
+    shapes, places = _shapes(record), _differentiable(record)
+    zeros = _zeros_of(run, record)
+
+    def full(xs: list[Any], tangents: list[Any]) -> tuple[Any, Any]:
+        floats = [xs[i] for i in places]
+        return jax.jvp(_of_floats(record, xs, places), (floats,), (tangents,))
+
+    @jax.custom_jvp
+    def call(xs: list[Any]) -> list[Any]:
+        return run(record.inner[0], xs)
+
+    @call.defjvp
+    def rule(primals: Any, tangents: Any) -> Any:
+        (xs,), (moved,) = primals, tangents
+        closed = jax.make_jaxpr(full)(shapes, [shapes[i] for i in places])
+        dims = [x.dims for x in record.operands]
+        outs = _float_outs(record)
+        program = _read(
+            run, record, closed, [*dims, *(dims[i] for i in places)],
+            [*record.outs, *(record.outs[i] for i in outs)],
+            zeros=[*zeros, *(zeros[i] for i in places)],
+        )  # fmt: skip
+        found = run(program, [*xs, *(moved[i] for i in places)])
+        values, tangent = found[: len(record.outs)], found[len(record.outs) :]
+        return values, _filled(values, outs, tangent)
+
+    return call(values)
+
+
+def custom_vjp(run: "Replay", record: Record, values: list[Any]) -> Sequence[Any]:
+    """Evaluates a `custom_vjp` function, and keeps its rule."""
+    shapes, places = _shapes(record), _differentiable(record)
+    zeros = _zeros_of(run, record)
+    outs = _float_outs(record)
+
+    @jax.custom_vjp
+    def call(xs: list[Any]) -> list[Any]:
+        return run(record.inner[0], xs)
+
+    def forward(xs: list[Any]) -> Any:
+        return call(xs), xs
+
+    def full(xs: list[Any], cotangents: list[Any]) -> list[Any]:
+        floats = [xs[i] for i in places]
+        found, back = jax.vjp(_of_floats(record, xs, places), floats)
+        (grads,) = back(_filled(found, outs, cotangents))
+        return grads
+
+    def backward(xs: list[Any], cotangents: list[Any]) -> Any:
+        closed = jax.make_jaxpr(full)(
+            shapes, [_shapes_of_outs(record)[i] for i in outs]
+        )
+        dims = [x.dims for x in record.operands]
+        program = _read(
+            run, record, closed, [*dims, *(record.outs[i] for i in outs)],
+            [dims[i] for i in places],
+            zeros=[*zeros, *(frozenset() for _ in outs)],
+        )  # fmt: skip
+        found = run(program, [*xs, *(cotangents[i] for i in outs)])
+        return (_filled(xs, places, found),)
+
+    call.defvjp(forward, backward)
+    return call(values)
+
+
+def _of_floats(record: Record, xs: list[Any], places: list[int]) -> Any:
+    """The equation as a function of those operands that have derivatives."""
+
+    def f(floats: list[Any]) -> list[Any]:
+        full = dict(enumerate(xs)) | dict(zip(places, floats, strict=True))
+        return list(bind(record.eqn, list(full.values())))
+
+    return f
+
+
+def _read(
+    run: "Replay",
+    record: Record,
+    closed: Any,
+    operands: Sequence[Dims],
+    outs: Sequence[Dims],
+    zeros: Sequence[Zeros],
+) -> Program:
+    """A derivative; its dimensions are those that the function has."""
+    held = list(run.kept.units)
+    before = [tuple(d.frozen) for d in held]
+    propagation = Propagation(run.rules)
+    program = propagation.run(
+        closed.jaxpr, closed.consts, [Operand(d, True) for d in operands]
+    )
+    for x, dims in zip(program.outs, outs, strict=True):
+        for a, b in zip(x.dims, dims, strict=True):
+            _dims.unify(a, b)
+    for d, reasons in zip(held, before, strict=True):
+        _check_same(record, d, reasons)
+    run.look.run(program, zeros)
+    return program
+
+
+def _check_same(record: Record, d: Dim, before: tuple[str, ...]) -> None:
+    why = [reason for reason in d.frozen if reason not in before]
+    if d.link is not None or why:
+        reason = "; ".join(why) or "it couples units that the function does not couple"
+        raise ValueError(
+            f"the derivative rule of {record.eqn.params.get('name', 'a function')!r} cannot "
+            f"be run with fewer units along a dimension of {d.size}: {reason}. Leave the "
+            "leaves that reach it out of the plan, with ignore= in structured.trace, or "
+            "take its rule away."
+        )
+
+
+def _zeros_of(run: "Replay", record: Record) -> list[Zeros]:
+    """Of the operands. Tangents are 0 where the values are 0 for want of weights."""
+    inner = record.inner[0]
+    known = run.look.zeros[inner]
+    return [known[v] for v in inner.jaxpr.invars]
+
+
+def _shapes(record: Record) -> list[Any]:
+    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in record.eqn.invars]
+
+
+def _shapes_of_outs(record: Record) -> list[Any]:
+    return [
+        jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in record.eqn.outvars
+    ]
+
+
+def _differentiable(record: Record) -> list[int]:
+    return [i for i, v in enumerate(record.eqn.invars) if _is_float(v.aval.dtype)]
+
+
+def _float_outs(record: Record) -> list[int]:
+    return [i for i, v in enumerate(record.eqn.outvars) if _is_float(v.aval.dtype)]
+
+
+def _is_float(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _filled(like: Sequence[Any], places: list[int], found: Sequence[Any]) -> list[Any]:
+    """`found` at its places, and zeros of no type for what has no derivative."""
+    known = dict(zip(places, found, strict=True))
+    return [
+        known[i] if i in known else np.zeros(np.shape(x), jax.dtypes.float0)
+        for i, x in enumerate(like)
+    ]
