@@ -25,8 +25,8 @@ def score_groups(
     Args:
       graph: of `trace`.
       params: the parameters that it was traced with.
-      criterion: `"l2"`, the root of the sum of w²; `"l1"`, the sum of |w|; `"taylor"`, the
-        sum of |w ∂L/∂w|, the change of the loss of first order, weight by weight
+      criterion: `"l2"`, the root of the sum of w²; `"l1"`, the sum of `|w|`; `"taylor"`, the
+        sum of `|w ∂L/∂w|`, the change of the loss of first order, weight by weight
         (LLM-Pruner's element-wise form); or a pytree shaped like `params` with a score
         for each weight, which are summed.
       gradients: of the loss, shaped like `params`; for `"taylor"`.
