@@ -289,3 +289,18 @@ def test_statistics_are_shared_between_all_readers_of_an_activation():
     stats = calibration.calibrate(fn, params, BATCHES[:1], statistics=("gram",))
     assert len(stats.inputs) == 2
     assert len({stats[n][0].site.activation for n in "qkv"}) == 1
+
+
+@pytest.mark.parametrize("k", [1024, 1100])
+def test_large_gram_matrices_are_made_of_strips(k):
+    x = np.random.default_rng(0).normal(size=(24, k)).astype(np.float32)
+    weights = np.arange(24) % 3
+    stats = calibration.calibrate(
+        lambda p, x: x @ p["w"], {"w": jnp.zeros((k, 2))}, [jnp.asarray(x)],
+        statistics=("gram",), token_weights=lambda x: jnp.asarray(weights),
+    )  # fmt: skip
+    gram = np.asarray(stats["w"][0].inputs.gram[0, 0])
+    wide = x.astype(np.float64)
+    wanted = (wide * weights[:, None]).T @ wide / weights.sum()
+    np.testing.assert_allclose(gram, wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(gram, gram.T)
