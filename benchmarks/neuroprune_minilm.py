@@ -26,7 +26,6 @@ import base64
 import dataclasses
 import fnmatch
 import itertools
-import json
 import pathlib
 import statistics
 import sys
@@ -34,6 +33,7 @@ import time
 from typing import NamedTuple
 
 import jax
+import jsonl
 import numpy as np
 import optax
 from flax import nnx
@@ -308,19 +308,6 @@ def bits(row: dict) -> np.ndarray:
     return np.unpackbits(raw)[: row.get("examples", 2107)]
 
 
-def rows_of(path: pathlib.Path) -> list[dict]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def add(path: pathlib.Path, row: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print({k: v for k, v in row.items() if k != "right"}, file=sys.stderr, flush=True)
-
-
 def tuning_table(rows: list[dict]) -> str:
     lines = [
         "| arm | learning rate | end | accuracy % | loss |",
@@ -349,22 +336,22 @@ def main() -> None:
     builder = data.prepare(args.data_dir)
     wanted = [arm for arm in ARMS if arm in args.only]
     if args.tune:
-        done = {(r["arm"], r["learning_rate"], r["end"]) for r in rows_of(TUNING)}
+        done = {(r["arm"], r["learning_rate"], r["end"]) for r in jsonl.read(TUNING)}
         for arm in (x for x in TRIALS if x in wanted):
             for setting in TRIALS[arm]:
                 if (arm, *setting) not in done:
-                    add(TUNING, tune(arm, setting, builder))
+                    jsonl.add(TUNING, tune(arm, setting, builder), unsaid="right")
     elif args.times:
-        done = {r["arm"] for r in rows_of(TIMES)}
+        done = {r["arm"] for r in jsonl.read(TIMES)}
         for arm in (x for x in wanted if x not in done):
-            add(TIMES, times(arm, builder))
+            jsonl.add(TIMES, times(arm, builder), unsaid="right")
     elif not args.table:
-        done = {(r["arm"], r["sparsity"], r["seed"]) for r in rows_of(RESULTS)}
+        done = {(r["arm"], r["sparsity"], r["seed"]) for r in jsonl.read(RESULTS)}
         for arm, sparsity, seed in plan():
             if arm in wanted and (arm, sparsity, seed) not in done:
-                add(RESULTS, run(arm, sparsity, seed, builder))
-    print(tuning_table(rows_of(TUNING)), end="\n\n")
-    print(table(rows_of(RESULTS), rows_of(TIMES)))
+                jsonl.add(RESULTS, run(arm, sparsity, seed, builder), unsaid="right")
+    print(tuning_table(jsonl.read(TUNING)), end="\n\n")
+    print(table(jsonl.read(RESULTS), jsonl.read(TIMES)))
 
 
 if __name__ == "__main__":

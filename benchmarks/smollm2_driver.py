@@ -90,7 +90,8 @@ def compare(name: str, one: Case, other: Case, where: str = "*/kernel") -> str:
     for method in METHODS:
         a, b = masks(one, method, where), masks(other, method, where)
         for count in (LEAVES, len(a)):
-            flipped = sum(int(np.sum(x != y)) for x, y in zip(a[:count], b[:count]))  # noqa: B905
+            pairs = zip(a[:count], b[:count], strict=True)
+            flipped = sum(int(np.sum(x != y)) for x, y in pairs)
             cells.append(f"{flipped / sum(x.size for x in a[:count]):.4%}")
     return f"| {name} | {' | '.join(cells)} |"
 

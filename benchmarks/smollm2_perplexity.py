@@ -21,7 +21,6 @@ most at 2:4.
 
 import argparse
 import functools
-import json
 import pathlib
 import re
 import statistics
@@ -33,6 +32,7 @@ from typing import Any, NamedTuple
 import brown
 import jax
 import jax.numpy as jnp
+import jsonl
 import numpy as np
 import optax
 
@@ -200,20 +200,6 @@ def comparisons(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def rows_of(path: pathlib.Path) -> list[dict]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def add(path: pathlib.Path, row: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    row = {k: v for k, v in row.items() if k != "losses"}
-    print(row, file=sys.stderr, flush=True)
-
-
 def load(data_dir: pathlib.Path, tokenizer) -> dict[str, np.ndarray]:
     """The windows of all texts, checked, and said."""
     novels = (demo.CALIBRATION, demo.HELD_OUT)
@@ -241,11 +227,11 @@ def main() -> None:
         one = functools.partial(
             run, net=net, logits=jax.jit(net.logits), windows=windows
         )
-        done = {(r["method"], r["pattern"]) for r in rows_of(RESULTS)}
+        done = {(r["method"], r["pattern"]) for r in jsonl.read(RESULTS)}
         for setting in plan():
             if setting not in done and setting.method in args.only:
-                add(RESULTS, one(setting))
-    rows = rows_of(RESULTS)
+                jsonl.add(RESULTS, one(setting), unsaid="losses")
+    rows = jsonl.read(RESULTS)
     for name in (demo.HELD_OUT.title, BROWN.title):
         print(f"\n{name}:\n\n{table(rows, name)}")
     print(f"\n{comparisons(rows)}")

@@ -29,11 +29,9 @@ of SR-STE, as their paper has it.
 
 import argparse
 import itertools
-import json
 import math
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -41,6 +39,7 @@ from typing import Any, NamedTuple
 import brown
 import jax
 import jax.numpy as jnp
+import jsonl
 import numpy as np
 import optax
 from jax import lax
@@ -281,7 +280,7 @@ def tuned(
     """The best share, from the trials in the file, and from new ones if need be."""
     known = {
         r["share"]: r["loss"]
-        for r in rows_of(TUNING)
+        for r in jsonl.read(TUNING)
         if (r["method"], case_of(r)) == (name, case)
     }
 
@@ -293,7 +292,7 @@ def tuned(
                     "python benchmarks/sparse_lm.py --tune first."
                 )
             row = trial(name, case, share, data)
-            add(TUNING, row)
+            jsonl.add(TUNING, row)
             known[share] = row["loss"]
         return known[share]
 
@@ -328,18 +327,6 @@ def case_of(row: dict) -> Case:
     return Case(row["sparsity"], row["structure"])
 
 
-def rows_of(path: pathlib.Path) -> list[dict]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def add(path: pathlib.Path, row: dict) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(row, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-dir", default=".data")
@@ -359,12 +346,12 @@ def main() -> None:
         data = brown.load(args.data_dir)
         train, test = (windows(data[split]) for split in ("train", "test"))
         steps = len(train) // BATCH // 20 * 20
-        done = {(r["method"], case_of(r), r["seed"]) for r in rows_of(RUNS)}
+        done = {(r["method"], case_of(r), r["seed"]) for r in jsonl.read(RUNS)}
         for name, case, seed in wanted:
             if (name, case, seed) not in done:
                 share = tuned(name, case, data)
-                add(RUNS, run(name, case, seed, train, test, steps, share))
-    rows = rows_of(RUNS)
+                jsonl.add(RUNS, run(name, case, seed, train, test, steps, share))
+    rows = jsonl.read(RUNS)
     for case in dict.fromkeys(map(case_of, rows)):
         print(f"\n### {case.sparsity:.1%} {case.structure}\n\n{table(rows, case)}")
 

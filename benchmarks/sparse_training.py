@@ -22,10 +22,8 @@ of dense; the STE family 1.25 when masks are decided every 20 steps.
 
 import argparse
 import itertools
-import json
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -33,6 +31,7 @@ from typing import Any, NamedTuple
 import fashion_mnist
 import jax
 import jax.numpy as jnp
+import jsonl
 import numpy as np
 import optax
 from jax import lax
@@ -573,19 +572,6 @@ def _case(row: dict) -> Case:
     return Case(*(row[f] for f in Case._fields))
 
 
-def rows_of(path: pathlib.Path) -> list[dict]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def add(path: pathlib.Path, row: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(row, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-dir", default=".data")
@@ -600,7 +586,7 @@ def main() -> None:
     jax.config.update("jax_compilation_cache_dir", "build/compiled")
     if args.times:
         data = fashion_mnist.load(args.data_dir)
-        done = {(r["method"], _case(r)) for r in rows_of(TIMES)}
+        done = {(r["method"], _case(r)) for r in jsonl.read(TIMES)}
         for name, case in dict.fromkeys((name, case) for name, case, _ in plan()):
             wanted = name in args.only and case.model in args.model
             if (
@@ -609,15 +595,15 @@ def main() -> None:
                 and name != "dense"
                 and (name, case) not in done
             ):
-                add(TIMES, times(name, case, data))
+                jsonl.add(TIMES, times(name, case, data))
     elif not args.table:
         data = fashion_mnist.load(args.data_dir)
-        done = {(r["method"], _case(r), r["seed"]) for r in rows_of(RUNS)}
+        done = {(r["method"], _case(r), r["seed"]) for r in jsonl.read(RUNS)}
         for name, case, seed in plan():
             wanted = name in args.only and case.model in args.model
             if wanted and (name, case, seed) not in done:
-                add(RUNS, run(name, case, seed, data))
-    rows, timed = rows_of(RUNS), rows_of(TIMES)
+                jsonl.add(RUNS, run(name, case, seed, data))
+    rows, timed = jsonl.read(RUNS), jsonl.read(TIMES)
     for case in dict.fromkeys(map(_case, rows)):
         print(f"\n### {case}\n\n{table(rows, timed, case)}")
 

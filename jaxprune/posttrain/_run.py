@@ -88,7 +88,9 @@ class Run:
 
     def rest(self, x: Array) -> Any:
         """An array where it is kept until it is needed; keys stay where they are."""
-        return np.array(x) if self.offload and not _tree.is_key(x) else x
+        if not self.offload or isinstance(x, np.ndarray) or _tree.is_key(x):
+            return x
+        return np.array(x)  # a view would keep what lies on the device
 
     def keep(self, values: Values, slots: Sequence[Slot], found: Iterable[Any]) -> None:
         """Keeps what a block gave."""

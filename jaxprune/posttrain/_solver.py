@@ -189,8 +189,8 @@ def check(
     if not isinstance(structure, Unstructured | NM | Block):
         raise TypeError(
             f"structure: got {structure!r}; expected Unstructured(), NM(2, 4) or "
-            f"Block(16, 16): {name} prunes within one matrix, and no whole "
-            "neurons or heads."
+            f"Block(16, 16): {name} prunes within one matrix. Whole neurons or heads are "
+            "for jaxprune.structured."
         )
     if isinstance(structure, Unstructured):
         return allocation.exact(sparsity), structure

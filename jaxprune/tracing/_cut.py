@@ -153,16 +153,16 @@ class _Cutter:
 
     def sources(self, numbers: Sequence[Any]) -> set[int]:
         """The leaves that values come from which do not depend on the arguments."""
-        found, todo, seen = set(), list(numbers), set()
-        while todo:
-            x = todo.pop()
+        found, left, seen = set(), list(numbers), set()
+        while left:
+            x = left.pop()
             if not isinstance(x, int) or x in seen or x in self.data:
                 continue
             seen.add(x)
             if x in self.leaves:
                 found.add(x)
             elif x in self.made_by:
-                todo += self.made_by[x].ins
+                left += self.made_by[x].ins
         return found
 
     def names(self, op: _Op) -> list[str]:
@@ -338,13 +338,13 @@ class _Cutter:
             op = by_output.get(x) or self.made_by.get(x)
             return None if op is None or id(op) in done else op
 
-        todo = [op for x in reversed(wanted) if (op := missing(x))]
-        while todo:
-            op = todo[-1]
+        left = [op for x in reversed(wanted) if (op := missing(x))]
+        while left:
+            op = left[-1]
             if first := [o for x in op.ins if (o := missing(x))]:
-                todo += first
+                left += first
                 continue
-            done[id(todo.pop())] = op
+            done[id(left.pop())] = op
         return list(done.values())
 
     def program(self, ops, leaves, reads, writes) -> Callable:
