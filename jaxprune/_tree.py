@@ -195,6 +195,16 @@ def check_patterns(
             )
 
 
+def matching(
+    paths: Sequence[str], patterns: str | Sequence[str], *, name: str
+) -> frozenset[str]:
+    """Paths that a pattern matches; raises `ValueError` for one that matches none."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    wanted: dict[str, bool] = dict.fromkeys(patterns, True)
+    check_patterns(paths, wanted, name=name)
+    return frozenset(p for p in paths if lookup(p, wanted))
+
+
 def listing(paths: Sequence[str], limit: int = 12) -> str:
     """Joins paths for an error message, a long list cut short."""
     shown = ", ".join(paths[:limit]) or "(none)"

@@ -8,6 +8,8 @@ from jaxprune.calibration._gradients import Gradients as Gradients
 from jaxprune.calibration._gradients import gradients as gradients
 from jaxprune.calibration._gradients import merge_gradients as merge_gradients
 from jaxprune.calibration._inputs import Inputs as Inputs
+from jaxprune.calibration._routing import Routing as Routing
+from jaxprune.calibration._routing import routing as routing
 from jaxprune.calibration._similarity import Similarity as Similarity
 from jaxprune.calibration._similarity import similarity as similarity
 from jaxprune.calibration._statistics import SiteInputs as SiteInputs

@@ -318,11 +318,8 @@ def _check_finite(
 
 def _matching(patterns: str | Sequence[str], trace: tracing.Trace) -> frozenset[int]:
     """Activations of the leaves that match."""
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    wanted: dict[str, bool] = dict.fromkeys(patterns, True)
-    _tree.check_patterns([s.path for s in trace.sites], wanted, name="empty_rows")
-    sites = [s for s in trace.sites if _tree.lookup(s.path, wanted)]
-    return frozenset(s.activation for s in sites)
+    found = _tree.matching([s.path for s in trace.sites], patterns, name="empty_rows")
+    return frozenset(s.activation for s in trace.sites if s.path in found)
 
 
 def check_statistics(statistics: Sequence[str]) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """How many outliers each block of a model has, for OWL."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ def outlier_ratios(
     where: _tree.Where = None,
     block_of: tracing.BlockOf = tracing.block_of,
     token_weights: Callable[..., Array] | None = None,
+    empty_rows: str | Sequence[str] = (),
     batch_axes: Mapping[str, int | tuple[int, ...]] | None = None,
     rules: Mapping[str, Any] | None = None,
     offload: bool = False,
@@ -39,7 +40,8 @@ def outlier_ratios(
       where: which leaves are to be pruned.
       block_of: name of the block that a leaf belongs to.
       token_weights: 0 for padding.
-      batch_axes: see `jaxprune.calibration.calibrate`.
+      empty_rows: patterns of paths; see `jaxprune.calibration.calibrate`.
+      batch_axes: see there.
       rules: see `jaxprune.tracing.sites`.
       offload: see `prune`.
 
@@ -63,7 +65,7 @@ def outlier_ratios(
     References:
       Yin et al., Outlier Weighed Layerwise Sparsity, arXiv 2310.05175, Sec. 3.2.
     """
-    work = _work.begin(fn, params, batches, where, block_of, batch_axes)
+    work = _work.begin(fn, params, batches, where, block_of, batch_axes, empty_rows)
     run = Run(params, work, token_weights, ("square",), offload)
     ratios = {}
     for i, block in enumerate(work.blocks.blocks[: work.last + 1]):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +45,7 @@ def prune(
     propagate_error: bool = True,
     block_of: tracing.BlockOf = tracing.block_of,
     token_weights: Callable[..., Array] | None = None,
+    empty_rows: str | Sequence[str] = (),
     batch_axes: Mapping[str, int | tuple[int, ...]] | None = None,
     rules: Mapping[str, Any] | None = None,
     offload: bool = False,
@@ -78,7 +79,8 @@ def prune(
       block_of: name of the block that a leaf belongs to; see `jaxprune.tracing.blocks`.
         `lambda path: None` takes the function as one block.
       token_weights: `token_weights(*args)` gives a weight for each token, 0 for padding.
-      batch_axes: see `jaxprune.calibration.calibrate`.
+      empty_rows: patterns of paths; see `jaxprune.calibration.calibrate`.
+      batch_axes: see there.
       rules: see `jaxprune.tracing.sites`.
       offload: whether weights, masks and activations rest in the memory of the host, as
         NumPy arrays, and only what a block needs comes to the device. Parameters may be
@@ -118,15 +120,15 @@ def prune(
         )
     if statistics:
         check_statistics(statistics)
-    work = _work.begin(fn, params, batches, where, block_of, batch_axes)
+    work = _work.begin(fn, params, batches, where, block_of, batch_axes, empty_rows)
     wanted = _sparsities(work, sparsity, structure, allocation)
     names = tuple(dict.fromkeys((*method.statistics, *statistics)))
     settings = {
         "method": method.name, "sparsity": sparsity, "structure": structure,
         "allocation": allocation, "where": sorted(work.shapes), "refine": refine,
         "statistics": names, "propagate_error": propagate_error,
-        "batch_axes": batch_axes, "block_of": block_of, "rules": rules,
-        "token_weights": token_weights,
+        "batch_axes": batch_axes, "empty_rows": empty_rows, "block_of": block_of,
+        "rules": rules, "token_weights": token_weights,
     }  # fmt: skip
     folder = None
     if directory is not None:

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from jaxprune import _tree, tracing
+from jaxprune import _tree, masks, tracing
 from jaxprune._tree import PyTree
 from jaxprune.calibration import Inputs, Statistics
 from jaxprune.calibration._calibrate import collect
 from jaxprune.calibration._moments import merge_inputs
 from jaxprune.calibration._statistics import of_trace
+from jaxprune.masks import PackedMask
 from jaxprune.posttrain._work import Work
 from jaxprune.tracing import Block, Leaf, Site, Slot
 
@@ -44,10 +45,11 @@ class Run:
             path: x if _tree.is_hole(x) else self.rest(x)
             for path, x in zip(paths, leaves, strict=True)
         }
-        self.found: dict[str, Any] = {}  # masks
+        # Masks, of whole leaves or of layers, at a bit a weight until the end.
+        self.found: dict[str, dict[int | None, PackedMask]] = {}
         self.own: set[str] = set()  # leaves that are no longer the caller's
         self.statistics = statistics
-        self.batch_axes = work.batch_axes
+        self.batch_axes, self.empty_rows = work.batch_axes, work.empty_rows
         # Without statistics only shapes are needed, and nothing is run.
         batches = work.batches
         if not statistics:
@@ -130,11 +132,13 @@ class Run:
             for i, values in enumerate(self.values)
         )
         # Blocks that do the same share what is compiled.
-        key = block.fn, tuple(picked), tuple(axes.items())
+        sparse = [str(j) for j in picked if block.leaves[j].path in self.empty_rows]
+        key = block.fn, tuple(picked), tuple(axes.items()), tuple(sparse)
         steps = self.steps.setdefault(key, {})
         return collect(
             fn, own, batches, steps, statistics=self.statistics,
             token_weights=None if tokens is None else lambda weights, *_: weights,
+            empty_rows=sparse,
             name_of=lambda path: str(block.leaves[int(path)]),
             **options,
         )  # fmt: skip
@@ -155,30 +159,45 @@ class Run:
     def replace(self, leaf: Leaf, w: Array, mask: Bool[Array, "..."]) -> None:
         """Puts pruned weights in the place of dense ones."""
         path, layer = leaf
+        packed = jax.tree.map(self.rest, masks.pack_leaf(mask))
+        self.found.setdefault(path, {})[layer] = packed
         if layer is None:
-            self.weights[path], self.found[path] = self.rest(w), self.rest(mask)
+            self.weights[path] = self.rest(w)
             return
-        xnp = np if self.offload else jnp
         if path not in self.own:  # what is written into is ours
             self.own.add(path)
+            xnp = np if self.offload else jnp
             self.weights[path] = xnp.copy(self.weights[path])
-            self.found[path] = xnp.ones_like(self.weights[path], bool)
-        if self.offload:
-            self.weights[path][layer], self.found[path][layer] = w, mask
-            return
-        at = np.int32(layer)
-        self.weights[path] = _put(self.weights[path], w, at)
-        self.found[path] = _put(self.found[path], mask, at)
+        self.weights[path] = self.put(self.weights[path], w, layer)
+
+    def put(self, whole: Any, x: Array, layer: int) -> Any:
+        """Writes a layer into a leaf of which nothing else is read."""
+        if not self.offload:
+            return _put(whole, x, np.int32(layer))
+        whole[layer] = x
+        return whole
 
     def trees(self, params: PyTree) -> tuple[PyTree, PyTree]:
-        """The weights and the masks, as trees."""
+        """The weights and the masks, as trees; the end of the run."""
+        self.values.clear()
         paths, leaves, treedef = _tree.flatten(params)
         weights = [self.weights[p] for p in paths]
-        masks = [self.found.get(p) for p in paths]
-        masks = [
-            x if _tree.is_hole(x) else m for m, x in zip(masks, leaves, strict=True)
+        found = [
+            x if _tree.is_hole(x) else self.mask(p)
+            for p, x in zip(paths, leaves, strict=True)
         ]
-        return treedef.unflatten(weights), treedef.unflatten(masks)
+        return treedef.unflatten(weights), treedef.unflatten(found)
+
+    def mask(self, path: str) -> Any:
+        """The mask of a leaf, of booleans."""
+        found = self.found.pop(path, None)
+        if found is None or None in found:
+            return None if found is None else self.rest(masks.as_bool(found[None]))
+        xnp = np if self.offload else jnp
+        whole = xnp.ones_like(self.weights[path], bool)
+        for layer, packed in found.items():
+            whole = self.put(whole, masks.as_bool(packed), layer)
+        return whole
 
 
 def uses(

@@ -1,6 +1,6 @@
 """What one-shot pruning has to do: the blocks of a function, and the leaves in each."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ class Work(NamedTuple):
         would be called in an unrolled model, `"layers/3/up/kernel"`.
       shapes: of the same, by name.
       batch_axes: of the chosen leaves that have some.
+      empty_rows: paths of the chosen leaves for which rows of zeros are none.
       last: the last block with one of them.
     """
 
@@ -30,6 +31,7 @@ class Work(NamedTuple):
     names: dict[Leaf, str]
     shapes: dict[str, tuple[int, ...]]
     batch_axes: dict[str, frozenset[int]]
+    empty_rows: frozenset[str]
     last: int
 
     def picked(self, block: Block) -> list[int]:
@@ -44,6 +46,7 @@ def begin(
     where: _tree.Where,
     block_of: tracing.BlockOf,
     batch_axes: Mapping[str, int | tuple[int, ...]] | None,
+    empty_rows: str | Sequence[str],
 ) -> Work:
     """Cuts the function; refuses what cannot be done, before anything is run."""
     listed = _listed(batches)
@@ -52,6 +55,7 @@ def begin(
         p: x.shape for p, x in zip(paths, leaves, strict=True) if not _tree.is_hole(x)
     }
     axes = axes_by_leaf(chosen, batch_axes or {})
+    sparse = _tree.matching(list(chosen), empty_rows, name="empty_rows")
     found = tracing.blocks(fn, params, *listed[0], block_of=block_of)
     names: dict[Leaf, str] = {}
     users: dict[Leaf, list[str]] = {}
@@ -66,7 +70,7 @@ def begin(
         name: chosen[leaf.path][leaf.layer is not None :]
         for leaf, name in names.items()
     }
-    return Work(listed, found, names, shapes, axes, last)
+    return Work(listed, found, names, shapes, axes, sparse, last)
 
 
 def _listed(batches: Iterable[Any]) -> list[tuple]:

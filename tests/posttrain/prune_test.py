@@ -251,6 +251,43 @@ def test_refine_and_its_statistics():
     )
 
 
+def test_empty_slots_of_experts():
+    """Statistics of an expert are those of the tokens that were sent to it."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "router": jax.random.normal(keys[0], (12, 3)),
+        "up": jax.random.normal(keys[1], (3, 12, 8)),
+        "down": jax.random.normal(keys[2], (8, 12)),
+    }
+    seen = []
+
+    def fn(params, x):
+        gate = jax.nn.one_hot(jnp.argmax(x @ params["router"], 1), 3, axis=0)
+        return jnp.einsum("etd,edf->etf", gate[..., None] * x, params["up"]).sum(0)
+
+    def spy(dense, solution, inputs):
+        del dense
+        seen.append(inputs)
+        return solution
+
+    args = fn, params, batches(1)
+    options = {"where": "up", "statistics": ("variance",)}
+    posttrain.prune(*args, sparsity=0.5, refine=spy, empty_rows="up", **options)
+    (x,) = args[2]
+    chosen = np.argmax(x @ params["router"], 1)
+    assert seen[0].count[0].tolist() == np.bincount(chosen, minlength=3).tolist()
+    wanted = [np.var(x[chosen == e], axis=0) for e in range(3)]
+    np.testing.assert_allclose(seen[0].variance[0], wanted, rtol=2e-4)
+    ratio = posttrain.outlier_ratios(*args, where="up", empty_rows="up", multiple=2.0)
+    norms = np.stack([np.sqrt(np.mean(x[chosen == e] ** 2, 0)) for e in range(3)])
+    scores = np.abs(params["up"]) * norms[:, :, None]
+    assert ratio["up"] == pytest.approx(np.mean(scores > 2 * scores.mean()))
+    with pytest.raises(
+        ValueError, match="empty_rows: the pattern 'experts' matches no"
+    ):
+        posttrain.prune(*args, sparsity=0.5, empty_rows="experts", **options)
+
+
 def test_padding_is_left_out():
     fn, params = both()[1]
     x = batches(1)[0]
