@@ -26,6 +26,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -159,8 +160,6 @@ def costs(net: demo.Net, ids: np.ndarray, rounds: int) -> str:
 def held(net: demo.Net, ids: np.ndarray, size: int) -> str:
     """By how much the memory of this process rises while it prunes, and the bound."""
     batches = [np.asarray(ids[i : i + size]) for i in range(0, len(ids), size)]
-    # Large arrays are mapped, and leave the process when they are freed.
-    LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 17)
     jax.config.update("jax_compilation_cache_dir", "build/compiled")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
@@ -172,22 +171,39 @@ def held(net: demo.Net, ids: np.ndarray, size: int) -> str:
     run(f"layers/[0-{FEW - 1}]/*/kernel")  # so that all programs are in the cache
     gc.collect()
     LIBC.malloc_trim(0)  # what the first run left goes back
-    # The peak is now what is held.
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    weights = sum(m.size for m in jax.tree.leaves(run("*/kernel")))
-    rise = status("VmHWM") - before
+    with Peak() as peak:
+        weights = sum(m.size for m in jax.tree.leaves(run("*/kernel")))
+    rise = peak.most - peak.before
     grams = 4 * (3 * 576**2 + 1536**2)
     parts = 4 * weights, weights, grams, 4 * 4 * 1536**2, 2 * ids.size * 576 * 4
     cells = rise, *parts, sum(parts)
     return f"| {size} | " + " | ".join(f"{x / 2**20:.0f}" for x in cells) + " |"
 
 
-def status(name: str) -> int:
-    """Bytes, from what the kernel says of this process."""
-    text = pathlib.Path("/proc/self/status").read_text()
-    (line,) = (x for x in text.splitlines() if x.startswith(name))
-    return int(line.split()[1]) * 1024
+class Peak:
+    """The most memory that this process holds meanwhile, files that it maps left out."""
+
+    def __enter__(self) -> "Peak":
+        self.before = self.most = self.held()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.002):
+            self.most = max(self.most, self.held())
+
+    @staticmethod
+    def held() -> int:
+        """Bytes, from what the kernel says."""
+        text = pathlib.Path("/proc/self/status").read_text()
+        (line,) = (x for x in text.splitlines() if x.startswith("RssAnon"))
+        return int(line.split()[1]) * 1024
 
 
 def main() -> None:
@@ -197,6 +213,8 @@ def main() -> None:
     parser.add_argument("--only", choices=("agreement", "costs", "held"))
     parser.add_argument("--held", type=int, help="only a row of that table")
     args = parser.parse_args()
+    # From here on large arrays are mapped, and leave the process when they are freed.
+    LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 17)
     lm, tokenizer = weights.pretrained()
     ids = text.read(args.data_dir, tokenizer, demo.CALIBRATION)[:WINDOWS, :LENGTH]
     if args.held is not None:

@@ -1,0 +1,237 @@
+"""A model made smaller by each structured method, to the same share of its operations."""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+import jaxprune as jp
+
+ROUNDS = 9  # of timing
+
+
+class Small(NamedTuple):
+    """A model made smaller: a function and its parameters, and what it takes."""
+
+    fn: Callable[..., Any]
+    params: Any
+    parameters: int
+    flops: int
+
+
+@dataclasses.dataclass
+class Model:
+    """A trained model, and what its methods look at.
+
+    Attributes:
+      fn: `fn(params, *args)`.
+      params: its parameters.
+      args: an example, by which operations are counted and time is taken.
+      batches: tuples of arguments, for statistics.
+      loss: `loss(params, *args)`.
+      examples: tuples of arguments of the loss, each an example or a few.
+      kinds: of groups that are pruned.
+      biased: kernels that get a bias for FLAP, where there is none.
+      block_of: the layer of a leaf.
+      token_weights: 0 for padding.
+    """
+
+    fn: Callable[..., Any]
+    params: Any
+    args: tuple
+    batches: Sequence[tuple]
+    loss: Callable[..., Any]
+    examples: Sequence[tuple]
+    kinds: tuple[Any, ...]
+    biased: tuple[str, ...]
+    block_of: Callable[[str], str | None]
+    token_weights: Callable[..., Any] | None = None
+
+    @functools.cached_property
+    def graph(self) -> jp.structured.Graph:
+        return jp.structured.trace(self.fn, self.params, *self.args)
+
+    @functools.cached_property
+    def dense(self) -> jp.structured.Cost:
+        return jp.structured.planned(self.graph, {}).before
+
+    @functools.cached_property
+    def gradients(self) -> jp.calibration.Gradients:
+        return jp.calibration.gradients(self.loss, self.params, self.examples)
+
+    @functools.cached_property
+    def similarity(self) -> jp.calibration.Similarity:
+        return jp.calibration.similarity(
+            self.fn, self.params, self.batches,
+            block_of=self.block_of, token_weights=self.token_weights,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def statistics(self) -> jp.calibration.Statistics:
+        return jp.calibrate(
+            self.fn, self.params, self.batches,
+            statistics=("square", "variance"), token_weights=self.token_weights,
+        )  # fmt: skip
+
+    def whole(self) -> Small:
+        return Small(self.fn, self.params, self.dense.parameters, self.dense.flops)
+
+    def by_scores(self, scores: Any, share: float) -> Small:
+        target = jp.structured.Target(flops=share)
+        return self.by_plan(
+            jp.structured.plan(self.graph, scores, target=target, kinds=self.kinds)
+        )
+
+    def by_plan(self, plan: jp.structured.Plan) -> Small:
+        small, after = plan.shrink(self.params), plan.after
+        return Small(plan.rewrite(self.fn), small, after.parameters, after.flops)
+
+
+def magnitude(model: Model, share: float) -> Small:
+    scores = jp.structured.score_groups(model.graph, model.params, "l2")
+    return model.by_scores(scores, share)
+
+
+def taylor(model: Model, share: float, form: Any = "first") -> Small:
+    scores = jp.structured.taylor(model.graph, model.params, model.gradients, form=form)
+    return model.by_scores(scores, share)
+
+
+def wanda_sp(model: Model, share: float) -> Small:
+    scores = jp.structured.fluctuation(
+        model.graph, model.params, model.statistics, form="wifn", kinds=model.kinds
+    )
+    return model.by_scores(scores, share)
+
+
+def amp(model: Model, share: float) -> Small:
+    scores = jp.structured.amp(
+        model.graph, model.fn, model.params, model.batches, kinds=model.kinds
+    )
+    return model.by_scores(scores, share)
+
+
+def flap(model: Model, share: float) -> Small:
+    fn, params = model.fn, model.params
+    if model.biased:
+        fn, params = jp.structured.add_biases(
+            fn, params, *model.args, where=model.biased
+        )
+    graph = jp.structured.trace(fn, params, *model.args)
+    stats = jp.calibrate(
+        fn, params, model.batches,
+        statistics=("variance",), token_weights=model.token_weights,
+    )  # fmt: skip
+
+    def plan(ratio: float) -> jp.structured.Plan:
+        return jp.structured.flap(graph, params, stats, ratio=ratio, kinds=model.kinds)
+
+    found = _bisected(plan, share)
+    new = found.shrink(jp.structured.compensate(graph, found, params, stats))
+    return Small(found.rewrite(fn), new, found.after.parameters, found.after.flops)
+
+
+def cfsp(model: Model, share: float) -> Small:
+    """Neurons only, as in the paper."""
+    graph, kinds = model.graph, ("neuron",)
+    scores = jp.structured.relative_activation(graph, model.params, model.statistics)
+
+    def plan(ratio: float) -> jp.structured.Plan:
+        ratios = jp.structured.block_ratios(graph, model.similarity, ratio=ratio)
+        return jp.structured.plan(
+            graph, scores, ratio=ratio, kinds=kinds, overrides=ratios
+        )
+
+    return model.by_plan(_bisected(plan, share))
+
+
+def short_gpt(model: Model, share: float) -> Small:
+    """Whole layers, of which all are alike."""
+
+    def without(blocks: Sequence[str]) -> Small:
+        fn, params = jp.structured.remove_blocks(
+            model.fn, model.params, *model.args, blocks=blocks, block_of=model.block_of
+        )
+        graph = jp.structured.trace(fn, params, *model.args)
+        cost = jp.structured.planned(graph, {}).before
+        return Small(fn, params, cost.parameters, cost.flops)
+
+    order = jp.structured.redundant_blocks(
+        model.similarity, len(model.similarity.names)
+    )
+    each = model.dense.flops - without(order[:1]).flops
+    return without(order[: round((1 - share) * model.dense.flops / each)])
+
+
+METHODS: dict[str, Callable[[Model, float], Small]] = {
+    "magnitude": magnitude,
+    "Taylor": taylor,
+    "Taylor, vectors": functools.partial(taylor, form="vector"),
+    "Wanda-sp": wanda_sp,
+    "FLAP": flap,
+    "AMP": amp,
+    "CFSP": cfsp,
+    "ShortGPT": short_gpt,
+}
+
+
+def _bisected(
+    plan: Callable[[float], jp.structured.Plan], share: float
+) -> jp.structured.Plan:
+    """The plan of the smallest ratio with at most this share of the operations."""
+    low, high = 0.0, 0.99
+    for _ in range(9):
+        middle = (low + high) / 2
+        found = plan(middle)
+        if found.after.flops > share * found.before.flops:
+            low = middle
+        else:
+            high = middle
+    return plan(high)
+
+
+def latency(small: Small, model: Model) -> float:
+    """Time of the small model over that of the dense one, the median of turns."""
+    pair = [(jax.jit(x.fn), x.params) for x in (small, model.whole())]
+
+    def spent(f: Callable, params: Any) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(f(params, *model.args))
+        return time.perf_counter() - start
+
+    turns = [[spent(*x) for x in pair] for _ in range(ROUNDS + 1)]
+    return statistics.median(a / b for a, b in turns[1:])
+
+
+def costs(small: Small, model: Model) -> dict[str, float]:
+    """Shares of the dense model's parameters, operations and time."""
+    return {
+        "parameters": small.parameters / model.dense.parameters,
+        "flops": small.flops / model.dense.flops,
+        "latency": latency(small, model),
+    }
+
+
+def costs_of(row: dict) -> list[str]:
+    """Cells of a table: operations, parameters, time, and what of the fall arrived."""
+    saved = 1 - row["flops"]
+    fall = f"{(1 - row['latency']) / saved:.2f}" if saved else "-"
+    shares = (f"{100 * row[x]:.1f} %" for x in ("flops", "parameters"))
+    return [*shares, f"{row['latency']:.2f}", fall]
+
+
+COSTS = ("FLOPs", "parameters", "latency", "fall of latency / of FLOPs")
+
+
+def spread(found: Sequence[float], digits: int = 2) -> str:
+    """Mean and standard deviation."""
+    if not found:
+        return "-"
+    mean = f"{statistics.fmean(found):,.{digits}f}"
+    if len(found) == 1:
+        return f"{mean} (1)"
+    return f"{mean} ± {statistics.stdev(found):,.{digits}f}"
