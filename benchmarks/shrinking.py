@@ -37,6 +37,7 @@ class Model:
       kinds: of groups that are pruned.
       biased: kernels that get a bias for FLAP, where there is none.
       block_of: the layer of a leaf.
+      where: leaves that statistics are taken of.
       token_weights: 0 for padding.
     """
 
@@ -49,6 +50,7 @@ class Model:
     kinds: tuple[Any, ...]
     biased: tuple[str, ...]
     block_of: Callable[[str], str | None]
+    where: Any = None
     token_weights: Callable[..., Any] | None = None
 
     @functools.cached_property
@@ -74,7 +76,8 @@ class Model:
     def statistics(self) -> jp.calibration.Statistics:
         return jp.calibrate(
             self.fn, self.params, self.batches,
-            statistics=("square", "variance"), token_weights=self.token_weights,
+            statistics=("square", "variance"), where=self.where,
+            token_weights=self.token_weights,
         )  # fmt: skip
 
     def whole(self) -> Small:
@@ -110,8 +113,9 @@ def wanda_sp(model: Model, share: float) -> Small:
 
 def amp(model: Model, share: float) -> Small:
     scores = jp.structured.amp(
-        model.graph, model.fn, model.params, model.batches, kinds=model.kinds
-    )
+        model.graph, model.fn, model.params, model.batches,
+        kinds=model.kinds, token_weights=model.token_weights,
+    )  # fmt: skip
     return model.by_scores(scores, share)
 
 
@@ -124,7 +128,7 @@ def flap(model: Model, share: float) -> Small:
     graph = jp.structured.trace(fn, params, *model.args)
     stats = jp.calibrate(
         fn, params, model.batches,
-        statistics=("variance",), token_weights=model.token_weights,
+        statistics=("variance",), where=model.where, token_weights=model.token_weights,
     )  # fmt: skip
 
     def plan(ratio: float) -> jp.structured.Plan:

@@ -96,7 +96,8 @@ def read(fn: Any, params: Any, builder, test: dict) -> shrinking.Model:
     return shrinking.Model(
         fn, params, ({k: v[:BATCH] for k, v in test.items()},), [(x,) for x in cut],
         loss, [(x,) for x in cut], kinds=("neuron", "head"), biased=(),
-        block_of=block_of, token_weights=lambda batch: batch["mask"].astype(jnp.float32),
+        block_of=block_of, where="layers/*/kernel",
+        token_weights=lambda batch: batch["mask"].astype(jnp.float32),
     )  # fmt: skip
 
 

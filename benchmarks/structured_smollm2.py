@@ -62,7 +62,7 @@ def read(net: demo.Net, windows: np.ndarray) -> shrinking.Model:
         net.logits, net.params, each[0], pairs, loss, each,
         kinds=("neuron", "kv_group"),
         biased=("layers/*/out/kernel", "layers/*/down/kernel"),
-        block_of=block_of,
+        block_of=block_of, where="layers/*/kernel",
     )  # fmt: skip
 
 
