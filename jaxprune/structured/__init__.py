@@ -5,14 +5,20 @@ which units go. `Plan.shrink` cuts parameters and `Plan.rewrite` runs the user's
 at the new sizes.
 """
 
+from ._add_biases import Biased as Biased
+from ._add_biases import add_biases as add_biases
+from ._biases import compensate as compensate
 from ._choose import Target as Target
 from ._choose import plan as plan
 from ._choose import planned as planned
 from ._costs import Cost as Cost
+from ._flap import flap as flap
+from ._flap import fluctuation as fluctuation
 from ._plan import Choice as Choice
 from ._plan import Plan as Plan
 from ._propagate import Rule as Rule
 from ._scores import score_groups as score_groups
+from ._taylor import taylor as taylor
 from ._trace import Graph as Graph
 from ._trace import Group as Group
 from ._trace import Member as Member
