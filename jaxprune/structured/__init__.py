@@ -7,11 +7,17 @@ at the new sizes.
 
 from ._add_biases import Biased as Biased
 from ._add_biases import add_biases as add_biases
+from ._amp import amp as amp
 from ._biases import compensate as compensate
+from ._by_block import adapt_ratios as adapt_ratios
+from ._by_block import block_ratios as block_ratios
+from ._cfsp import relative_activation as relative_activation
 from ._choose import Target as Target
 from ._choose import plan as plan
 from ._choose import planned as planned
 from ._costs import Cost as Cost
+from ._depth import redundant_blocks as redundant_blocks
+from ._depth import remove_blocks as remove_blocks
 from ._flap import flap as flap
 from ._flap import fluctuation as fluctuation
 from ._plan import Choice as Choice

@@ -59,14 +59,14 @@ def consumers(group: Group, statistics: Statistics) -> tuple[Consumer, ...]:
         if member.path not in statistics:
             continue
         for site, inputs in statistics[member.path]:
-            units = _inputs_of(site, member.units, member.axis)
+            units = units_of_inputs(site, member.units, member.axis)
             if units is not None:
                 found.append(Consumer(site, inputs, units))
     return tuple(found)
 
 
-def _inputs_of(site: Site, units: np.ndarray, axis: int) -> np.ndarray | None:
-    """The unit of each input; `None` where the axis is not contracted."""
+def units_of_inputs(site: Site, units: np.ndarray, axis: int) -> np.ndarray | None:
+    """The unit of each input, `[stack, batch, K]`; `None` if the axis is not contracted."""
     shape = [-1 if i == axis else 1 for i in range(len(site.shape))]
     places = np.broadcast_to(units.astype(np.int32).reshape(shape), site.shape)
     matrices = np.asarray(site.to_matrix(jnp.asarray(places)))  # [stack, batch, K, N]
