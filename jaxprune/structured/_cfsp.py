@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxprune import _tree
 from jaxprune._tree import PyTree
 from jaxprune.calibration import Statistics
 from jaxprune.structured import _consumers
@@ -85,11 +84,7 @@ def relative_activation(
                 share += _shares_of(m, leaves[m.path], group.size)
         found[group.name] = share * (square / np.maximum(places, 1)) ** (power / 2)
     if not found:
-        names = [f"{g.name} ({g.kind})" for g in graph.groups]
-        raise ValueError(
-            f"kinds: no product with statistics sums over the units of a group of the kinds "
-            f"{tuple(kinds)}. The groups are: {_tree.listing(names)}."
-        )
+        raise _consumers.nothing_scored(graph, statistics, kinds)
     return found
 
 

@@ -112,13 +112,20 @@ def score_inputs(
                 for use in uses
             )
     if not found:
-        raise ValueError(
-            f"statistics: no product with statistics sums over the units of a group of the "
-            f"kinds {tuple(kinds)}. The groups are: "
-            f"{_tree.listing([f'{g.name} ({g.kind})' for g in graph.groups])}; statistics are "
-            f"known of: {_tree.listing(list(statistics.paths))}."
-        )
+        raise nothing_scored(graph, statistics, kinds)
     return found
+
+
+def nothing_scored(
+    graph: Graph, statistics: Statistics, kinds: Sequence[Kind]
+) -> ValueError:
+    """The error where no group has a consumer."""
+    groups = [f"{g.name} ({g.kind})" for g in graph.groups]
+    return ValueError(
+        f"kinds, statistics: no product with statistics sums over the units of a group of "
+        f"the kinds {tuple(kinds)}. The groups are: {_tree.listing(groups)}; statistics are "
+        f"known of: {_tree.listing(list(statistics.paths))}."
+    )
 
 
 def statistic(caller: str, inputs: Inputs, name: str) -> Array:

@@ -274,6 +274,6 @@ def test_messages():
         structured.adapt_ratios(GRAPH, found(1, 1, 1, 1), step=0.1, amplitude=-1)
     with pytest.raises(ValueError, match="no group of the kinds .* lies in one"):
         structured.block_ratios(GRAPH, found(1, 1, 1, 1), ratio=0.5, kinds=("head",))
-    with pytest.raises(ValueError, match="kinds: no product with statistics"):
+    with pytest.raises(ValueError, match="no product with statistics"):
         stats = jp.calibrate(fn, P, [X])
         structured.relative_activation(GRAPH, P, stats, kinds=("head",))

@@ -273,5 +273,9 @@ def test_messages():
         ValueError, match="no product with statistics sums over.*down:0"
     ):
         structured.fluctuation(graph, p, stats, form="wifn", kinds=("expert",))
+    with pytest.raises(
+        ValueError, match="no product with statistics sums over.*down:0"
+    ):
+        structured.flap(graph, p, stats, ratio=0.5, kinds=("expert",))
     with pytest.raises(ValueError, match="where: low is used by add"):
         structured.add_biases(mlp, p, X, where="low")
