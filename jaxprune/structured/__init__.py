@@ -32,6 +32,10 @@ from ._search import Supernet as Supernet
 from ._search import divergence as divergence
 from ._search import search as search
 from ._search import supernet as supernet
+from ._slicegpt import Sliced as Sliced
+from ._slicegpt import fold_scales as fold_scales
+from ._slicegpt import rotate as rotate
+from ._slicegpt import slicegpt as slicegpt
 from ._taylor import taylor as taylor
 from ._trace import Graph as Graph
 from ._trace import Group as Group

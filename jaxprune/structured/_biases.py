@@ -1,11 +1,7 @@
 """Biases that take over what removed units gave on average."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
 from jaxtyping import Array
 
 from jaxprune import _tree
@@ -13,17 +9,11 @@ from jaxprune._tree import PyTree
 from jaxprune.calibration import SiteInputs, Statistics
 from jaxprune.structured import _dims
 from jaxprune.structured._consumers import kept_inputs, statistic
+from jaxprune.structured._facts import PRODUCTS, Fact, Facts, follow
 from jaxprune.structured._plan import Plan
-from jaxprune.structured._propagate import Program, Record
+from jaxprune.structured._propagate import Record
 from jaxprune.structured._scores import by_path
 from jaxprune.structured._trace import Graph
-from jaxprune.tracing._walk import CALLS, scan_operands
-
-_PRODUCTS = frozenset("dot_general conv_general_dilated".split())
-_MOVES = frozenset(
-    "convert_element_type reshape squeeze expand_dims broadcast_in_dim transpose copy "
-    "copy_p sharding_constraint".split()
-)
 
 
 def compensate(
@@ -111,13 +101,6 @@ def _shift(use: SiteInputs, leaf: Array, kept: np.ndarray) -> Array:
     return jnp.sum(each, axis=site.axes[2] if site.axes else ())
 
 
-class _Fact(NamedTuple):
-    """What a value is: a leaf, moved and cast, or its product with an activation."""
-
-    path: str
-    product: bool
-
-
 class _Walk:
     """Looks for leaves that are added to products of other leaves.
 
@@ -131,53 +114,25 @@ class _Walk:
         self.added: dict[str, set[str | None]] = {}
         self.uses: dict[str, int] = {}
 
-    def run(
-        self, program: Program, facts: Sequence[_Fact | None]
-    ) -> list[_Fact | None]:
-        known: dict[Any, _Fact | None] = dict(
-            zip(program.jaxpr.invars, facts, strict=True)
-        )
-
-        def read(x: Any) -> _Fact | None:
-            return None if isinstance(x, Literal) else known.get(x)
-
-        for record in program.records:
-            found = self.equation(record, [read(x) for x in record.eqn.invars])
-            known.update(zip(record.eqn.outvars, found, strict=True))
-        return [read(x) for x in program.jaxpr.outvars]
-
-    def equation(
-        self, record: Record, facts: list[_Fact | None]
-    ) -> Sequence[_Fact | None]:
-        eqn, name = record.eqn, record.eqn.primitive.name
-        none = [None] * len(eqn.outvars)
-        if name in CALLS and record.inner:
-            return self.run(record.inner[0], facts)
-        if name == "scan" and record.inner:
-            first, second = scan_operands(eqn.params, len(facts))
-            carried = facts[first:second]
-            self.used(carried)
-            inside = [*facts[:first], *(None for _ in carried), *facts[second:]]
-            self.used(self.run(record.inner[0], inside))
-            return none
-        if name in _MOVES:
-            return [facts[0], *none[1:]]
+    def step(self, record: Record, facts: list[Fact | None]) -> Facts:
+        """One equation."""
+        name, none = record.eqn.primitive.name, [None] * len(record.eqn.outvars)
         given = [f for f in facts if f is not None]
-        leaves = [f for f in given if not f.product]
-        products = [f for f in given if f.product]
+        leaves = [f for f in given if f.kind == "leaf"]
+        products = [f for f in given if f.kind == "product"]
         if name == "add" and len(products) == len(leaves) == 1:
-            self.used(leaves)
+            self.lost(leaves)
             self.added.setdefault(products[0].path, set()).add(leaves[0].path)
             return none
-        self.used(facts)
-        if name in _PRODUCTS and len(leaves) == len(given) == 1:
-            return [_Fact(leaves[0].path, True)]
+        self.lost(facts)
+        if name in PRODUCTS and len(leaves) == len(given) == 1:
+            return [Fact("product", leaves[0].path)]
         return none
 
-    def used(self, facts: Sequence[_Fact | None]) -> None:
+    def lost(self, facts: Facts) -> None:
         """Values that go where they are no longer followed."""
         for f in facts:
-            if f is not None and f.product:
+            if f is not None and f.kind == "product":
                 self.added.setdefault(f.path, set()).add(None)
             elif f is not None:
                 self.uses[f.path] = self.uses.get(f.path, 0) + 1
@@ -187,8 +142,8 @@ def biases(graph: Graph) -> dict[str, str]:
     """By path of a kernel, the leaf that is added to its product, and to nothing else."""
     traced = graph._traced
     walk = _Walk()
-    facts = [_Fact(p, False) for p in traced.paths]
-    walk.used(walk.run(traced.program, [*facts, *(None for _ in traced.inputs)]))
+    facts = [*(Fact("leaf", p) for p in traced.paths), *(None for _ in traced.inputs)]
+    walk.lost(follow(traced.program, facts, walk.step, walk.lost))
     found = {}
     for kernel, leaves in walk.added.items():
         bias = next(iter(leaves))
