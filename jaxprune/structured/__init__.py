@@ -20,6 +20,8 @@ from ._depth import redundant_blocks as redundant_blocks
 from ._depth import remove_blocks as remove_blocks
 from ._flap import flap as flap
 from ._flap import fluctuation as fluctuation
+from ._merge import merge as merge
+from ._merge import normalized_features as normalized_features
 from ._obs import obs_plan as obs_plan
 from ._obs import obs_scores as obs_scores
 from ._obs import refit as refit

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr
 from jaxtyping import Array
 
 from jaxprune import _tree
@@ -14,7 +15,7 @@ from jaxprune.structured._kinds import Kind
 from jaxprune.structured._plan import Plan
 from jaxprune.structured._scores import by_path
 from jaxprune.structured._trace import Graph, Group
-from jaxprune.tracing import Site
+from jaxprune.tracing import Site, Trace, of_jaxpr
 
 Score = Callable[[Array, Inputs], Array]
 
@@ -74,6 +75,13 @@ def units_of_inputs(site: Site, units: np.ndarray, axis: int) -> np.ndarray | No
     if (matrices != first).any() or (first == first[..., :1, :]).all():
         return None
     return first[..., 0]
+
+
+def trace_of(graph: Graph, params: PyTree) -> Trace:
+    """Where the leaves are used in the function that was traced."""
+    program = graph._traced.program
+    closed = ClosedJaxpr(program.jaxpr, list(program.consts))
+    return of_jaxpr(closed, params)
 
 
 def groups_of(graph: Graph, kinds: Sequence[Kind]) -> Iterator[Group]:
@@ -157,3 +165,10 @@ def kept_inputs(plan: Plan, site: Site) -> np.ndarray | None:
         )  # an axis that is produced loses no input
         kept = by_input if kept is None else np.logical_and(kept, by_input)
     return None if kept is None or kept.all() else kept
+
+
+def units_of_outputs(site: Site, units: np.ndarray, axis: int) -> np.ndarray:
+    """The unit of each output `[N]` of a product with one matrix."""
+    shape = [-1 if i == axis else 1 for i in range(len(site.shape))]
+    places = np.broadcast_to(units.astype(np.int32).reshape(shape), site.shape)
+    return np.asarray(site.to_matrix(jnp.asarray(places)))[0, 0, 0]

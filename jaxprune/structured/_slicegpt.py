@@ -1,6 +1,6 @@
 """SliceGPT: the residual stream is turned to its principal axes, and the last ones go."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxprune import _tree, calibration, tracing
+from jaxprune import _tree, calibration
 from jaxprune._tree import PyTree
 from jaxprune.structured import _consumers
 from jaxprune.structured._biases import replaced
@@ -92,7 +92,7 @@ def slicegpt(
         raise ValueError("batches: there is none; expected at least one.")
     graph = trace(fn, params, *listed[0])
     name = _stream(graph) if group is None else graph[group].name
-    params = fold_scales(graph, params, fn, *listed[0], group=name)
+    params = fold_scales(graph, params, name)
     readers = {m.path for m in graph[name].members}
     stats = calibration.calibrate(
         fn, params, listed, statistics=("gram",), where=lambda path, _: path in readers
@@ -102,8 +102,8 @@ def slicegpt(
         for use in _consumers.consumers(graph[name], stats)
     )
     values, vectors = np.linalg.eigh(np.asarray(total))
-    turned = rotate(graph, params, name, jnp.asarray(vectors[:, ::-1], jnp.float32),
-                    fn, *listed[0])  # fmt: skip
+    q = jnp.asarray(vectors[:, ::-1], jnp.float32)
+    turned = rotate(graph, params, name, q)
     run = jax.jit(fn)
     _check_same(run(params, *listed[0]), run(turned, *listed[0]), name, tolerance)
     size = graph[name].size
@@ -117,8 +117,6 @@ def rotate(
     params: PyTree,
     group: str,
     q: Float[Array, "width width"],
-    fn: Callable[..., Any],
-    *args: Any,
 ) -> PyTree:
     """Weights for a stream that is multiplied with Q: each member axis by Q.
 
@@ -130,8 +128,6 @@ def rotate(
       params: of full size.
       group: name of the stream's group.
       q: orthogonal, from old axes to new ones.
-      fn: the function that was traced.
-      *args: an example.
 
     Raises:
       ValueError: if Q does not fit, the stream is only a part of an axis, or a scale is
@@ -144,7 +140,7 @@ def rotate(
             f"{found.name}."
         )
     leaves = by_path(graph, params, "params")
-    scales = _scales(fn, params, args)
+    scales = _scales(graph, params)
     new: dict[str, Array] = {}
     for m in found.members:
         if m.path.startswith(INPUT) or m.expression != found.name:
@@ -166,16 +162,12 @@ def rotate(
     return replaced(params, new)
 
 
-def fold_scales(
-    graph: Graph, params: PyTree, fn: Callable[..., Any], *args: Any, group: str
-) -> PyTree:
+def fold_scales(graph: Graph, params: PyTree, group: str) -> PyTree:
     """Scales of norms become 1, and the weights that read what they scale take them over.
 
     Args:
       graph: of `trace`.
       params: of full size.
-      fn: the function that was traced.
-      *args: an example.
       group: name of the group of the stream.
 
     Raises:
@@ -188,9 +180,9 @@ def fold_scales(
     facts = [*(Fact("leaf", p) for p in traced.paths), *(None for _ in traced.inputs)]
     walk.lost(follow(traced.program, facts, walk.step, walk.lost))
     members = {m.path for m in graph[group].members}
-    sites = {s.path: s for s in tracing.sites(fn, params, *args).sites}
+    sites = {s.path: s for s in _consumers.trace_of(graph, params).sites}
     new: dict[str, Array] = {}
-    for scale in _scales(fn, params, args) & members:
+    for scale in _scales(graph, params) & members:
         x = jnp.asarray(leaves[scale], jnp.float32)
         if bool(jnp.all(x == 1)):
             continue
@@ -256,9 +248,9 @@ class _Walk:
                 self.uses[f.path] = self.uses.get(f.path, 0) + 1
 
 
-def _scales(fn: Callable[..., Any], params: PyTree, args: Sequence[Any]) -> set[str]:
+def _scales(graph: Graph, params: PyTree) -> set[str]:
     """Leaves that are multiplied with an activation, element by element."""
-    untraced = tracing.sites(fn, params, *args).untraced
+    untraced = _consumers.trace_of(graph, params).untraced
     return {path for path, uses in untraced.items() if _SCALED in uses}
 
 

@@ -89,7 +89,7 @@ def test_principal_axes_lose_less_than_others():
     found = structured.slicegpt(fn, p, [IDS], ratio=0.25)
     graph = structured.trace(fn, p, IDS)
     (name,) = (g.name for g in graph.groups if g.kind == "embedding")
-    folded = structured.fold_scales(graph, p, fn, IDS, group=name)
+    folded = structured.fold_scales(graph, p, name)
     np.testing.assert_allclose(fn(folded, IDS), y, rtol=1e-3, atol=1e-4)
 
     def error(turned):
@@ -100,7 +100,7 @@ def test_principal_axes_lose_less_than_others():
     for seed in range(3):
         noise = jax.random.normal(jax.random.key(seed), (WIDTH, WIDTH))
         q, _ = jnp.linalg.qr(noise)
-        turned = structured.rotate(graph, folded, name, q, fn, IDS)
+        turned = structured.rotate(graph, folded, name, q)
         np.testing.assert_allclose(fn(turned, IDS), y, rtol=1e-2, atol=1e-3)
         assert least < 0.8 * error(turned)
     assert least < 0.8 * error(folded)
@@ -147,9 +147,9 @@ def test_messages():
     with pytest.raises(ValueError, match="batches: there is none"):
         structured.slicegpt(fn, p, [], ratio=0.5)
     with pytest.raises(ValueError, match=r"q: got the shape \(3, 3\)"):
-        structured.rotate(graph, p, name, jnp.eye(3), fn, IDS)
+        structured.rotate(graph, p, name, jnp.eye(3))
     with pytest.raises(ValueError, match="scales the stream, and is not 1"):
-        structured.rotate(graph, p, name, jnp.eye(WIDTH), fn, IDS)
+        structured.rotate(graph, p, name, jnp.eye(WIDTH))
     mlp = {"up": jnp.ones((4, 6)), "down": jnp.ones((6, 3))}
     with pytest.raises(ValueError, match=r"kind 'embedding' are \[\]"):
         structured.slicegpt(
