@@ -18,6 +18,9 @@ from ._choose import planned as planned
 from ._costs import Cost as Cost
 from ._depth import redundant_blocks as redundant_blocks
 from ._depth import remove_blocks as remove_blocks
+from ._experts import nearest_task as nearest_task
+from ._experts import premoe as premoe
+from ._experts import reap as reap
 from ._flap import flap as flap
 from ._flap import fluctuation as fluctuation
 from ._merge import merge as merge
