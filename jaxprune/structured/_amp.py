@@ -14,7 +14,7 @@ from jaxprune._tree import PyTree
 from jaxprune.structured import _consumers, _taps
 from jaxprune.structured._flap import UNITS
 from jaxprune.structured._kinds import Kind
-from jaxprune.structured._taps import Use
+from jaxprune.structured._taps import TokenWeights, Use
 from jaxprune.structured._trace import Graph
 
 
@@ -26,6 +26,7 @@ def amp(
     *,
     kinds: Sequence[Kind] = UNITS,
     projected: Sequence[Kind] = ("head", "kv_group"),
+    token_weights: TokenWeights = None,
 ) -> dict[str, np.ndarray]:
     """Scores of units by what they give to the product that reads them.
 
@@ -41,6 +42,8 @@ def amp(
       batches: tuples of arguments `args`; anything else is one argument.
       kinds: of groups to score.
       projected: kinds whose scores are of the output rather than the input.
+      token_weights: `token_weights(*args)` gives a weight for each token, 0 for padding,
+        as in `jaxprune.calibrate`.
 
     Returns:
       Scores [units] by name of the group. Sums over all products that read a unit, and
@@ -70,7 +73,7 @@ def amp(
     def uses_of(trace: tracing.Trace) -> list[Use]:
         return _uses(graph, trace, kinds, projected)
 
-    return _taps.means(fn, params, batches, uses_of)
+    return _taps.means(fn, params, batches, uses_of, token_weights)
 
 
 def _uses(graph: Graph, trace: tracing.Trace, kinds, projected) -> list[Use]:
@@ -99,12 +102,14 @@ def _uses(graph: Graph, trace: tracing.Trace, kinds, projected) -> list[Use]:
 def _by_unit(
     x: Float[Array, "batch K rows"],
     w: Float[Array, "batch K N"],
+    weights: Float[Array, " rows"],
     *,
     units: np.ndarray,  # [batch, K]
     size: int,
     projected: bool,
 ) -> Float[Array, " units"]:
     """Sums over rows of `‖x‖₁` or `‖x W‖₁`, of the inputs of each unit."""
+    x = x * weights
     if not projected:
         each = jnp.sum(jnp.abs(x), axis=-1).reshape(-1)
         places = units.reshape(-1)

@@ -15,7 +15,7 @@ from jaxprune._tree import PyTree
 from jaxprune.structured import _consumers, _taps
 from jaxprune.structured._biases import biases, replaced
 from jaxprune.structured._kinds import Kind
-from jaxprune.structured._taps import Use
+from jaxprune.structured._taps import TokenWeights, Use
 from jaxprune.structured._trace import Graph
 
 
@@ -28,6 +28,7 @@ def premoe(
     k: int | None = None,
     confidence: float | None = None,
     kinds: Sequence[Kind] = ("expert",),
+    token_weights: TokenWeights = None,
 ) -> dict[str, np.ndarray]:
     """Scores of experts: their mean logit over tokens, 0 where they are not chosen.
 
@@ -43,6 +44,8 @@ def premoe(
       k: experts of a token; by default the number that the function chooses, by `top_k`.
       confidence: the least share, in (0, 1]; `None` counts all k.
       kinds: of groups to score.
+      token_weights: `token_weights(*args)` gives a weight for each token, 0 for padding,
+        as in `jaxprune.calibrate`.
 
     Returns:
       Scores [experts] by name of the group, summed over the layers of a scan:
@@ -88,7 +91,7 @@ def premoe(
             )
         return found
 
-    return _taps.means(fn, params, batches, uses_of)
+    return _taps.means(fn, params, batches, uses_of, token_weights)
 
 
 def _is_router(site: tracing.Site, axis: int, size: int) -> bool:
@@ -99,6 +102,7 @@ def _is_router(site: tracing.Site, axis: int, size: int) -> bool:
 def _chosen_logits(
     x: Float[Array, "batch K rows"],
     w: Float[Array, "batch K experts"],
+    weights: Float[Array, " rows"],
     *,
     k: int,
     confidence: float | None,
@@ -107,6 +111,7 @@ def _chosen_logits(
     values, chosen = lax.top_k(logits, k)
     if confidence is not None:
         values = jnp.where(jax.nn.softmax(values, -1) >= confidence, values, 0)
+    values = values * weights[:, None]
     return jnp.zeros(w.shape[-1]).at[chosen.ravel()].add(values.ravel())
 
 

@@ -10,9 +10,13 @@ from jaxtyping import Array, Float
 
 from jaxprune import _tree, tracing
 from jaxprune._tree import PyTree
+from jaxprune.calibration._read import weights_of_rows
 
-Measure = Callable[[Array, Array], Array]
-"""`measure(x [batch, K, rows], w [batch, K, N])`, float32, gives sums over rows, `[units]`."""
+Measure = Callable[[Array, Array, Array], Array]
+"""`measure(x [batch, K, rows], w [batch, K, N], weights [rows])`, float32, gives sums over
+rows, each times its weight, `[units]`. Rows of weight 0 are 0."""
+
+TokenWeights = Callable[..., Array] | None
 
 
 class Use(NamedTuple):
@@ -45,6 +49,7 @@ def means(
     params: PyTree,
     batches: Iterable[Any],
     uses_of: Callable[[tracing.Trace], list[Use]],
+    token_weights: TokenWeights = None,
 ) -> dict[str, np.ndarray]:
     """Means over tokens, summed over stacks and over the products of a group.
 
@@ -53,6 +58,7 @@ def means(
       params: its parameters.
       batches: tuples of arguments `args`; anything else is one argument.
       uses_of: what to measure.
+      token_weights: as in `jaxprune.calibrate`.
 
     Raises:
       ValueError: if there is no batch, or a product is none that is followed here.
@@ -63,7 +69,7 @@ def means(
         args = batch if isinstance(batch, tuple) else (batch,)
         key = tuple(map(jax.typeof, jax.tree.leaves(args))), jax.tree.structure(args)
         if key not in steps:
-            steps[key] = _step(fn, params, args, uses_of)
+            steps[key] = _step(fn, params, args, uses_of, token_weights)
         uses, step = steps[key]
         for use, new in zip(uses, step(params, args), strict=True):
             place = use.group, use.site.place
@@ -80,16 +86,19 @@ def means(
     return found
 
 
-def _step(fn, params: PyTree, args, uses_of) -> tuple[list[Use], Callable]:
+def _step(
+    fn, params: PyTree, args, uses_of, token_weights
+) -> tuple[list[Use], Callable]:
     """What is read in a batch of these shapes, and a compiled function that reads it."""
     closed = jax.make_jaxpr(fn)(params, *args)
     uses = uses_of(tracing.of_jaxpr(closed, params))
     for use in uses:
         _check(use)
-    taps = {i: _tap(use) for i, use in enumerate(uses)}
 
     @jax.jit
     def step(params: PyTree, args: tuple[Any, ...]) -> list[Sums]:
+        weights = token_weights(*args) if token_weights else None
+        taps = {i: _tap(use, weights) for i, use in enumerate(uses)}
         leaves = [x for x in _tree.flatten(params)[1] if not _tree.is_hole(x)]
         _, found = tracing.tap(closed, [*leaves, *jax.tree.leaves(args)], taps)
         return [found[i] for i in range(len(uses))]
@@ -112,7 +121,7 @@ def _check(use: Use) -> None:
         )
 
 
-def _tap(use: Use) -> tracing.Tap:
+def _tap(use: Use, weights: Array | None) -> tracing.Tap:
     reading = use.reading
 
     def read(eqn: Any, operands: Sequence[Any], indices: Any) -> Sums:
@@ -122,10 +131,15 @@ def _tap(use: Use) -> tracing.Tap:
         pairs = dict(zip(own, other, strict=True))
         first = (*reading.batch_axes, *reading.k_axes)
         batch, k = reading.shape
+        free = tuple(n for a, n in enumerate(x.shape) if a not in first)
         x = jnp.moveaxis(x, first, range(len(first)))
         w = jnp.moveaxis(w, [pairs[a] for a in first], range(len(first)))
         x, w = (a.astype(jnp.float32).reshape(batch, k, -1) for a in (x, w))
-        return Sums(use.measure(x, w), jnp.full((), x.shape[2], jnp.float32))
+        each = jnp.ones(x.shape[2])
+        if weights is not None:
+            each = weights_of_rows(weights, free, use.site.path)[0].astype(jnp.float32)
+            x = jnp.where(each != 0, x, 0)  # what does not count may be anything
+        return Sums(use.measure(x, w, each), jnp.sum(each))
 
     zero = jax.eval_shape(lambda: Sums(jnp.zeros(use.size), jnp.zeros(())))
     return tracing.Tap(

@@ -59,6 +59,28 @@ def test_neurons_by_their_mean_size():
     np.testing.assert_allclose(found[NEURONS], abs(h).mean((0, 1)), rtol=1e-4)
 
 
+def test_padding_does_not_count():
+    real = jnp.arange(5) < 3
+
+    def fn(p, x):  # attention does not look at padding, but its rows are there
+        mask = jnp.broadcast_to(real, (1, 1, 5, 5))
+        attn = nn.MultiHeadDotProductAttention(num_heads=4)
+        x = x + attn.apply({"params": p["attn"]}, x, mask=mask)
+        h = nn.silu(x @ p["up"]["kernel"] + p["up"]["bias"])
+        return x + h @ p["down"]["kernel"] + p["down"]["bias"]
+
+    p = PARAMS["params"]
+    graph = structured.trace(fn, p, X)
+    weights = jnp.broadcast_to(real, (6, 5))
+    found = structured.amp(
+        graph, fn, p, [X.at[:, 3:].set(1e4)], token_weights=lambda x: weights
+    )
+    short = structured.amp(GRAPH, MODEL.apply, PARAMS, [X[:, :3]])
+    wanted = [short[HEADS], short[NEURONS]]
+    for a, b in zip(sorted(found.values(), key=len), wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
 def test_a_unit_that_gives_nothing_scores_0():
     params = jax.tree.map(lambda x: x, PARAMS)
     out = params["params"]["attn"]["out"]

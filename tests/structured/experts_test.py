@@ -83,6 +83,16 @@ def test_premoe_by_the_definition(confidence):
         x = x + mixture(w, x)
 
 
+def test_padding_does_not_count():
+    weights = jnp.broadcast_to(jnp.arange(5) < 3, (4, 5))
+    found = structured.premoe(
+        GRAPH, fn, P, [X.at[:, 3:].set(jnp.nan)], token_weights=lambda x: weights
+    )
+    wanted = structured.premoe(GRAPH, fn, P, [X[:, :3]])
+    for name in GROUPS:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, atol=1e-6)
+
+
 def test_layers_of_a_scan_are_summed():
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *P["layers"])
 
