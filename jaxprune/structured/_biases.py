@@ -8,7 +8,7 @@ from jaxprune import _tree
 from jaxprune._tree import PyTree
 from jaxprune.calibration import SiteInputs, Statistics
 from jaxprune.structured import _dims
-from jaxprune.structured._consumers import kept_inputs, statistic
+from jaxprune.structured._consumers import kept_inputs, statistic, trace_of
 from jaxprune.structured._facts import PRODUCTS, Fact, Facts, follow
 from jaxprune.structured._plan import Plan
 from jaxprune.structured._propagate import Record
@@ -61,6 +61,7 @@ def compensate(
     """
     leaves = by_path(graph, params, "params")
     known = biases(graph)
+    _check_statistics(graph, plan, params, statistics)
     shifts: dict[str, Array] = {}
     for path in plan.cuts:
         for use in statistics[path] if path in statistics else ():
@@ -81,6 +82,17 @@ def compensate(
         wide = jnp.asarray(b, jnp.promote_types(b.dtype, jnp.float32))
         new[known[path]] = (wide + shift.reshape(b.shape)).astype(b.dtype)
     return replaced(params, new)
+
+
+def _check_statistics(
+    graph: Graph, plan: Plan, params: PyTree, statistics: Statistics
+) -> None:
+    for site in trace_of(graph, params).sites:
+        if site.path not in statistics and kept_inputs(plan, site) is not None:
+            raise ValueError(
+                f"statistics: {site.path} loses inputs, and there are no statistics of them. "
+                "Leave where= out of jaxprune.calibrate, or let it choose this leaf too."
+            )
 
 
 def replaced(params: PyTree, new: dict[str, Array]) -> PyTree:

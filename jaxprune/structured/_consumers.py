@@ -151,6 +151,20 @@ def statistic(caller: str, inputs: Inputs, name: str) -> Array:
     return found
 
 
+def check_fits(site: Site, leaf: Array) -> None:
+    """Raises `ValueError` unless new weights can be written into a leaf."""
+    why = ""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        why = f"has the type {leaf.dtype}"
+    elif site.wraps:
+        why = f"goes through {_tree.listing(list(site.wraps))} before it is multiplied"
+    if why:
+        raise ValueError(
+            f"params: {site.path} loses inputs and {why}, so that no new weights can be "
+            "written into it. Keep its inputs, or give it as the matrix that is multiplied."
+        )
+
+
 def kept_inputs(plan: Plan, site: Site) -> np.ndarray | None:
     """Which inputs of a product a plan keeps, `[stack, batch, K]`; `None` if all."""
     kept: np.ndarray | None = None

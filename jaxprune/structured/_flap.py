@@ -88,7 +88,8 @@ def flap(
 
     Returns:
       The plan; the nearest to the budget that a threshold can give, except where `min_keep`
-      or the group's own minimum keeps more.
+      or the group's own minimum keeps more. Groups that no product with statistics reads
+      keep all.
 
     Raises:
       ValueError: as `fluctuation`, and if a number is out of range.

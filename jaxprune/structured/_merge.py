@@ -46,8 +46,9 @@ def merge(
       The parameters, of full size: for `plan.shrink`.
 
     Raises:
-      ValueError: if a number is out of range, features do not fit, or channels are made or
-        read in stacks, as in a scan, which this does not follow.
+      ValueError: if a number is out of range, features do not fit, what reads a channel is
+        quantized or goes through a mask, or channels are made or read in stacks, as in a
+        scan, which this does not follow.
 
     Example:
       >>> def fn(params, x):
@@ -86,6 +87,7 @@ def merge(
             )
         shares = _shares(np.asarray(f, np.float64), choice.kept, ridge)
         for site, units in read:
+            _consumers.check_fits(site, leaves[site.path])
             w = new[site.path] if site.path in new else leaves[site.path]
             new[site.path] = _merged(site, units, w, shares)
     return replaced(params, new)

@@ -37,11 +37,12 @@ def refit(
 
     Returns:
       The parameters, of full size, with new weights where inputs are kept: for
-      `plan.shrink`. Solved in float64 on the host.
+      `plan.shrink`. Solved in float64 on the host. Leaves without statistics stay.
 
     Raises:
       ValueError: if a statistic is missing, damping is out of range or too small for the
-        matrix to be inverted, or a leaf has several different products.
+        matrix to be inverted, or a leaf has several products, is quantized, or goes
+        through a mask or a scale.
 
     Example:
       >>> def fn(params, x):
@@ -76,6 +77,7 @@ def refit(
                 "weights. Keep its inputs with overrides= of the plan."
             )
         for use, kept in lost:
+            _consumers.check_fits(use.site, known[path])
             w = np.asarray(use.site.to_matrix(known[path]), np.float64)
             h = _damped(use.inputs, damping)
             each = [

@@ -277,5 +277,11 @@ def test_messages():
         ValueError, match="no product with statistics sums over.*down:0"
     ):
         structured.flap(graph, p, stats, ratio=0.5, kinds=("expert",))
+    plan = structured.planned(graph, {"down:0": np.array([0, 1])})
+    some = jp.calibrate(mlp, p, [X], statistics=("mean",), where="up")
+    with pytest.raises(
+        ValueError, match="down loses inputs, and there are no statistics"
+    ):
+        structured.compensate(graph, plan, p, some)
     with pytest.raises(ValueError, match="where: low is used by add"):
         structured.add_biases(mlp, p, X, where="low")

@@ -163,3 +163,18 @@ def test_messages():
     plan = structured.planned(graph, {"down:0": [0, 1]})
     with pytest.raises(ValueError, match="down loses inputs in 2 products"):
         structured.refit(plan, P, stats)
+
+    def scaled(p, x):
+        return jax.nn.relu(x @ p["up"]) @ (p["down"] * p["scale"])
+
+    for leaf, why in (
+        (P["down"], "goes through mul"),
+        (jnp.ones((8, 3), jnp.int8), "int8"),
+    ):
+        p = {**P, "down": leaf, "scale": jnp.ones(3)}
+        graph = structured.trace(scaled, p, X)
+        stats = jp.calibrate(scaled, p, [X], statistics=("gram",))
+        name = next(g.name for g in graph.groups)
+        plan = structured.planned(graph, {name: np.array([0, 1])})
+        with pytest.raises(ValueError, match=f"down loses inputs and .*{why}"):
+            structured.refit(plan, p, stats)
