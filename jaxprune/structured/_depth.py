@@ -60,9 +60,10 @@ def remove_blocks(
     """The function without some blocks, whose leaves count as 0.
 
     What remains of a residual block then is the stream that goes through it, and nothing
-    of it is computed. A block is what is done from the first use of one of its leaves to
-    that of the next block, as in `jaxprune.tracing.blocks`. For layers of a scan, prune
-    the group of the kind `"layer"` instead.
+    of it is computed. Where nothing would remain, as of a block with a norm behind the sum,
+    what it reads goes through instead. A block is what is done from the first use of one
+    of its leaves to that of the next block, as in `jaxprune.tracing.blocks`. For layers of a
+    scan, prune the group of the kind `"layer"` instead.
 
     Args:
       fn: `fn(params, *args)`, pure, of arrays.
@@ -78,7 +79,8 @@ def remove_blocks(
 
     Raises:
       ValueError: if a name is none of a block, a block is the layer of a scan, or nothing
-        passes it when its leaves are 0: it is not residual, or has a norm behind the sum.
+        passes it when its leaves are 0 and it does not read one array like the one that it
+        writes.
 
     Example:
       >>> def fn(params, x):
@@ -181,10 +183,7 @@ def _passing(block: Block, leaves: Sequence[Any], reads: Sequence[Any]) -> list[
                 if not isinstance(x, Literal) and x not in zeros
             }  # fmt: skip
     if not needed.intersection(jaxpr.invars[n:]):
-        raise ValueError(
-            f"blocks: nothing passes {block.name} when its leaves are 0: it is not residual, "
-            "or has a norm behind the sum. Leave it."
-        )
+        return _through(block, reads, closed.out_avals)
     known: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     known |= zip(jaxpr.invars[n:], reads, strict=True)
 
@@ -197,6 +196,20 @@ def _passing(block: Block, leaves: Sequence[Any], reads: Sequence[Any]) -> list[
     for eqn in reversed(live):
         known |= zip(eqn.outvars, bind(eqn, [read(x) for x in eqn.invars]), strict=True)
     return [read(x) for x in jaxpr.outvars]
+
+
+def _through(block: Block, reads: Sequence[Any], wanted: Sequence[Any]) -> list[Any]:
+    """The one array that is read and looks like the one that is written."""
+    kinds = [(x.shape, x.dtype) for x in wanted]
+    same = [x for x in reads if len(kinds) == 1 and (x.shape, x.dtype) == kinds[0]]
+    if len(same) != 1:
+        raise ValueError(
+            f"blocks: nothing passes {block.name} when its leaves are 0, and it reads "
+            f"{[(x.shape, str(x.dtype)) for x in reads]} and writes "
+            f"{[(s, str(d)) for s, d in kinds]}; expected one array of the same shape in "
+            "both. Leave it."
+        )
+    return same
 
 
 def _zeros(jaxpr: Jaxpr, n: int) -> tuple[set[Any], dict[Any, Any]]:

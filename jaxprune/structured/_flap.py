@@ -34,7 +34,8 @@ def fluctuation(
     `"wifv"`, `Var(x_j) Σ_i W_ij²`, the mean square of what is lost where the input is
     replaced by its mean; `"ifv"`, `Var(x_j)`; `"wifn"`, `√E[x_j²] mean_i |W_ij|`, which
     is Wanda-sp. Each is summed over the inputs that belong to a unit, such as the width of
-    a head, and over the products that read it.
+    a head, and over the products that read it. Weights count as they are stored: a scale or
+    a mask between a leaf and its product is not seen.
 
     Args:
       graph: of `trace`.
@@ -162,7 +163,8 @@ def within_budget(
     costs = unit_costs(graph)
     least = {n: max(min_keep, graph[n].minimum) for n in scores}
     ranked = []
-    for name, found in scores.items():
+    for name, given in scores.items():
+        found = np.where(np.isnan(given), -np.inf, given)
         order = np.argsort(-found, kind="stable")
         safe = set(order[: least[name]].tolist())
         ranked += [
