@@ -166,26 +166,23 @@ def _passing(block: Block, leaves: Sequence[Any], reads: Sequence[Any]) -> list[
     closed = jax.make_jaxpr(block.fn)(shapes[0], *shapes[1])
     jaxpr, n = closed.jaxpr, len(leaves)
     zeros, same = _zeros(jaxpr, n)
+    inputs = dict(zip(jaxpr.invars[n:], reads, strict=True))
 
     def origin(x: Any) -> Any:
         while not isinstance(x, Literal) and x in same:
             x = same[x]
         return x
 
-    needed = {x for x in map(origin, jaxpr.outvars) if not isinstance(x, Literal)}
-    live = []
-    for eqn in reversed(jaxpr.eqns):
-        made = [v for v in eqn.outvars if v in needed and v not in zeros]
-        if made:
-            live.append(eqn)
-            needed |= {
-                x for x in map(origin, eqn.invars)
-                if not isinstance(x, Literal) and x not in zeros
-            }  # fmt: skip
-    if not needed.intersection(jaxpr.invars[n:]):
-        return _through(block, reads, closed.out_avals)
+    outs: list[Any] = []
+    for v, wanted in zip(jaxpr.outvars, closed.out_avals, strict=True):
+        streams = _streams(inputs, wanted)
+        before = streams & _needed(jaxpr, [v], lambda x: x, set())
+        after = streams & _needed(jaxpr, [v], origin, zeros)
+        outs.append(_through(block, reads, wanted) if before and not after else None)
+    left = [v for v, x in zip(jaxpr.outvars, outs, strict=True) if x is None]
+    needed = _needed(jaxpr, left, origin, zeros)
     known: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-    known |= zip(jaxpr.invars[n:], reads, strict=True)
+    known |= inputs
 
     def read(x: Any) -> Any:
         x = origin(x)
@@ -193,23 +190,51 @@ def _passing(block: Block, leaves: Sequence[Any], reads: Sequence[Any]) -> list[
             return x.val
         return jnp.zeros(x.aval.shape, x.aval.dtype) if x in zeros else known[x]
 
-    for eqn in reversed(live):
-        known |= zip(eqn.outvars, bind(eqn, [read(x) for x in eqn.invars]), strict=True)
-    return [read(x) for x in jaxpr.outvars]
+    for eqn in jaxpr.eqns:
+        if needed.intersection(eqn.outvars):
+            found = bind(eqn, [read(x) for x in eqn.invars])
+            known |= zip(eqn.outvars, found, strict=True)
+    return [
+        read(v) if x is None else x for v, x in zip(jaxpr.outvars, outs, strict=True)
+    ]
 
 
-def _through(block: Block, reads: Sequence[Any], wanted: Sequence[Any]) -> list[Any]:
-    """The one array that is read and looks like the one that is written."""
-    kinds = [(x.shape, x.dtype) for x in wanted]
-    same = [x for x in reads if len(kinds) == 1 and (x.shape, x.dtype) == kinds[0]]
+def _streams(inputs: dict[Any, Any], wanted: Any) -> set[Any]:
+    """Inputs that may be what an output was before: those that look like it, or any."""
+    floats = {v: x for v, x in inputs.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    return {v for v, x in floats.items() if _kind(x) == _kind(wanted)} or set(floats)
+
+
+def _needed(
+    jaxpr: Jaxpr, outs: Sequence[Any], origin: Callable[[Any], Any], zeros: set[Any]
+) -> set[Any]:
+    """Values that some outputs are made from."""
+
+    def values(xs: Sequence[Any]) -> set[Any]:
+        found = (x for x in map(origin, xs) if not isinstance(x, Literal))
+        return {x for x in found if x not in zeros}
+
+    needed = values(outs)
+    for eqn in reversed(jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            needed |= values(eqn.invars)
+    return needed
+
+
+def _through(block: Block, reads: Sequence[Any], wanted: Any) -> Any:
+    """The one array that is read and looks like one that is written."""
+    same = [x for x in reads if _kind(x) == _kind(wanted)]
     if len(same) != 1:
         raise ValueError(
-            f"blocks: nothing passes {block.name} when its leaves are 0, and it reads "
-            f"{[(x.shape, str(x.dtype)) for x in reads]} and writes "
-            f"{[(s, str(d)) for s, d in kinds]}; expected one array of the same shape in "
-            "both. Leave it."
+            f"blocks: nothing passes {block.name} when its leaves are 0; it reads "
+            f"{[_kind(x) for x in reads]} and writes {_kind(wanted)}, where one array of that "
+            "shape and type was expected among those that it reads. Leave it."
         )
-    return same
+    return same[0]
+
+
+def _kind(x: Any) -> tuple[tuple[int, ...], str]:
+    return tuple(x.shape), str(x.dtype)
 
 
 def _zeros(jaxpr: Jaxpr, n: int) -> tuple[set[Any], dict[Any, Any]]:
