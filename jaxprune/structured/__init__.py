@@ -7,6 +7,7 @@ at the new sizes.
 
 from ._add_biases import Biased as Biased
 from ._add_biases import add_biases as add_biases
+from ._aggregate import aggregate as aggregate
 from ._amp import amp as amp
 from ._biases import compensate as compensate
 from ._by_block import adapt_ratios as adapt_ratios

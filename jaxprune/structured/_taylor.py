@@ -10,12 +10,16 @@ from jaxprune import _tree
 from jaxprune._tree import PyTree
 from jaxprune.calibration import Gradients
 from jaxprune.structured import _dims
+from jaxprune.structured._aggregate import (
+    Reduction,
+    by_member,
+    check_reduction,
+    reduced,
+)
 from jaxprune.structured._scores import as_real, by_path
-from jaxprune.structured._trace import INPUT, Graph
+from jaxprune.structured._trace import Graph, Member
 
 TaylorForm = Literal["vector", "first", "second", "mixed"]
-Reduction = Literal["sum", "mean", "max", "prod"]
-_REDUCTIONS = {"sum": np.sum, "mean": np.mean, "max": np.max, "prod": np.prod}
 
 
 def taylor(
@@ -66,27 +70,18 @@ def taylor(
     """
     if form not in get_args(TaylorForm):
         raise ValueError(f"form: got {form!r}; expected one of {get_args(TaylorForm)}.")
-    if reduction not in _REDUCTIONS:
-        raise ValueError(
-            f"reduction: got {reduction!r}; expected one of {get_args(Reduction)}."
-        )
+    check_reduction(reduction)
     weights = by_path(graph, params, "params")
     mean, square = (_with_holes(graph, x, weights) for x in gradients[1:])
     traced = graph._traced
     dims = dict(zip(traced.paths, traced.dims, strict=True))
-    found = {}
-    for group in graph.groups:
-        each = []
-        for m in group.members:
-            if m.path.startswith(INPUT):
-                continue
-            terms = _terms(weights[m.path], mean[m.path], square[m.path], form)
-            stack = [i for i, d in enumerate(dims[m.path]) if _is_stack(d)]
-            by_place = _by_place(terms, m.axis, stack, form)
-            hit = m.units >= 0
-            each.append(np.bincount(m.units[hit], by_place[hit], group.size))
-        found[group.name] = _REDUCTIONS[reduction](each, axis=0)
-    return found
+
+    def places(m: Member) -> np.ndarray:
+        terms = _terms(weights[m.path], mean[m.path], square[m.path], form)
+        stack = [i for i, d in enumerate(dims[m.path]) if _is_stack(d)]
+        return _by_place(terms, m.axis, stack, form)
+
+    return {g.name: reduced(by_member(g, places), reduction) for g in graph.groups}
 
 
 def _terms(w: Array, g: Array, f: Array, form: str) -> Array:

@@ -1,4 +1,4 @@
-"""LLM-Pruner's importance against the true change of a loss."""
+"""LLM-Pruner's importance against the true change of a loss; SPA's aggregation."""
 
 import jax
 import jax.numpy as jnp
@@ -99,12 +99,42 @@ def test_leaves_without_a_gradient_count_as_0():
     assert (found > 0).any() and np.isfinite(found).all()
 
 
+@pytest.mark.parametrize("normalize", ["none", "sum", "mean", "max", "gaussian"])
+def test_aggregates_by_hand(normalize):
+    size = jax.tree.map(jnp.abs, PARAMS)
+    members = [size["bias"], size["down"].sum(1), size["up"].sum(0)]
+    by = {
+        "none": lambda x: x, "sum": lambda x: x / x.sum(), "mean": lambda x: x / x.mean(),
+        "max": lambda x: x / x.max(), "gaussian": lambda x: (x - x.mean()) / (x.std() or 1),
+    }[normalize]  # fmt: skip
+    for reduction in ("sum", "mean", "max", "prod"):
+        found = structured.aggregate(
+            GRAPH, size, normalize=normalize, reduction=reduction
+        )["down:0"]
+        wanted = getattr(np, reduction)(np.stack([by(x) for x in members]), axis=0)
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5)
+    plain = structured.aggregate(GRAPH, size, normalize="none")["down:0"]
+    same = structured.score_groups(GRAPH, PARAMS, size)["down:0"]
+    np.testing.assert_allclose(plain, same, rtol=1e-5)
+
+
+def test_no_leaf_decides_alone():
+    large = {**PARAMS, "up": 1e4 * PARAMS["up"]}
+    size, other = (jax.tree.map(jnp.abs, p) for p in (PARAMS, large))
+    a, b = (structured.aggregate(GRAPH, x)["down:0"] for x in (size, other))
+    np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
 def test_messages():
     g = jp.calibration.Gradients(jnp.ones(()), PARAMS, PARAMS)
     with pytest.raises(ValueError, match="form: got 'param_mix'"):
         structured.taylor(GRAPH, PARAMS, g, form="param_mix")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="reduction: got 'last'"):
         structured.taylor(GRAPH, PARAMS, g, reduction="last")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="normalize: got 'l2'"):
+        structured.aggregate(GRAPH, PARAMS, normalize="l2")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="scores: there is no leaf up"):
+        structured.aggregate(GRAPH, {"down": PARAMS["down"], "bias": PARAMS["bias"]})
     bad = g._replace(mean={**PARAMS, "up": jnp.ones((2, 2))})
     with pytest.raises(ValueError, match=r"gradients: up has the shape \(2, 2\)"):
         structured.taylor(GRAPH, PARAMS, bad)
