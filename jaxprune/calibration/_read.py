@@ -93,7 +93,7 @@ def _moments(
         return _ragged(eqn, operands, reading, path, statistics, weights)
     else:
         rows, free = _rows(operands[reading.operand], reading)
-    spread = None if weights is None else _spread(weights, free, path)
+    spread = None if weights is None else weights_of_rows(weights, free, path)
     if sparse:
         filled = jnp.any(rows != 0, axis=2)
         spread = filled if spread is None else jnp.where(filled, spread, 0)
@@ -164,7 +164,7 @@ def _ragged(eqn, operands, reading: Reading, path, statistics, weights) -> Input
     return jax.tree.map(lambda a: a[:, 0], lax.map(one, mine))
 
 
-def _spread(weights: Array, free: tuple[int, ...], path: str) -> Array:
+def weights_of_rows(weights: Array, free: tuple[int, ...], path: str) -> Array:
     """Weights of tokens as weights of rows `[1, rows]`."""
     shape = weights.shape
     for given in (shape, (math.prod(shape),)):

@@ -5,14 +5,44 @@ which units go. `Plan.shrink` cuts parameters and `Plan.rewrite` runs the user's
 at the new sizes.
 """
 
+from ._add_biases import Biased as Biased
+from ._add_biases import add_biases as add_biases
+from ._aggregate import aggregate as aggregate
+from ._amp import amp as amp
+from ._biases import compensate as compensate
+from ._by_block import adapt_ratios as adapt_ratios
+from ._by_block import block_ratios as block_ratios
+from ._cfsp import relative_activation as relative_activation
 from ._choose import Target as Target
 from ._choose import plan as plan
 from ._choose import planned as planned
 from ._costs import Cost as Cost
+from ._depth import redundant_blocks as redundant_blocks
+from ._depth import remove_blocks as remove_blocks
+from ._experts import nearest_task as nearest_task
+from ._experts import premoe as premoe
+from ._experts import reap as reap
+from ._flap import flap as flap
+from ._flap import fluctuation as fluctuation
+from ._merge import merge as merge
+from ._merge import normalized_features as normalized_features
+from ._obs import obs_plan as obs_plan
+from ._obs import obs_scores as obs_scores
+from ._obs import refit as refit
 from ._plan import Choice as Choice
 from ._plan import Plan as Plan
 from ._propagate import Rule as Rule
 from ._scores import score_groups as score_groups
+from ._search import Search as Search
+from ._search import Supernet as Supernet
+from ._search import divergence as divergence
+from ._search import search as search
+from ._search import supernet as supernet
+from ._slicegpt import Sliced as Sliced
+from ._slicegpt import fold_scales as fold_scales
+from ._slicegpt import rotate as rotate
+from ._slicegpt import slicegpt as slicegpt
+from ._taylor import taylor as taylor
 from ._trace import Graph as Graph
 from ._trace import Group as Group
 from ._trace import Member as Member

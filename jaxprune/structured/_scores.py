@@ -103,9 +103,9 @@ def by_path(graph: Graph, tree: PyTree, name: str) -> dict[str, Any]:
 
 def _by_name(graph: Graph, weights: dict[str, Any], criterion: str, gradients: PyTree):
     if criterion == "l2":
-        return {p: jnp.square(_real(x)) for p, x in weights.items()}
+        return {p: jnp.square(as_real(x)) for p, x in weights.items()}
     if criterion == "l1":
-        return {p: jnp.abs(_real(x)) for p, x in weights.items()}
+        return {p: jnp.abs(as_real(x)) for p, x in weights.items()}
     if criterion != "taylor":
         raise ValueError(
             f"criterion: got {criterion!r}; expected 'l1', 'l2', 'taylor', or a pytree with "
@@ -129,11 +129,11 @@ def _by_name(graph: Graph, weights: dict[str, Any], criterion: str, gradients: P
                 f"{np.shape(w)}. Pass gradients of the parameters."
             )
         else:
-            found[path] = jnp.abs(_real(w) * _real(g))
+            found[path] = jnp.abs(as_real(w) * as_real(g))
     return found
 
 
-def _real(x: Any) -> Any:
+def as_real(x: Any) -> Any:
     """In float32 at least; 0 for what is no number, such as a key."""
     if not hasattr(x, "dtype") or jnp.issubdtype(x.dtype, jnp.number):
         x = jnp.asarray(x)

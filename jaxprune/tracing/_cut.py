@@ -175,10 +175,11 @@ class _Cutter:
         alive = self.alive(ops, outs)
         pieces = [_Piece("", [], {}, {}, {})]
         free = begin = 0  # a cut may be made behind the last equation that reads a leaf
+        end = 0  # behind the last equation that reads a leaf of a block
         for i, op in enumerate(ops):
             if layered := self.layered(op):
                 pieces += self.iterations(op, layered, pieces[-1])
-                free = i + 1
+                free = end = i + 1
                 continue
             names = self.names(op)
             if names and pieces[-1].name not in names:
@@ -189,9 +190,12 @@ class _Cutter:
             pieces[-1].ops.append(op)
             if self.sources(op.ins):
                 free = i + 1
-        # The last block ends where less is alive than in front of it, as in a loss.
+            if names:
+                end = i + 1
+        # The last block ends where no more is alive than in front of it: in front of a
+        # head that is no block, or a loss.
         cut = next(
-            (t for t in range(free, len(ops)) if alive[t] <= alive[begin]), len(ops)
+            (t for t in range(end, len(ops)) if alive[t] <= alive[begin]), len(ops)
         )
         while cut < len(ops) and alive[cut] == alive[cut + 1]:
             cut += 1

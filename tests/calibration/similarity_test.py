@@ -48,6 +48,21 @@ def test_cosines(fn):
     assert found.tokens == 26
 
 
+def test_a_head_is_no_part_of_the_last_block():
+    params = {f"layer{i}": {"w": w} for i, w in enumerate(W)}
+    head = {"head": {"w": jnp.ones((8, 3))}, "norm": {"scale": jnp.ones(8)}}
+
+    def fn(p, x):
+        for i in range(3):
+            x = layer(x, p[f"layer{i}"]["w"])
+        return (x * p["norm"]["scale"]) @ p["head"]["w"]
+
+    found = calibration.similarity(fn, {**params, **head}, BATCHES)
+    wanted = calibration.similarity(unrolled, params, BATCHES)
+    np.testing.assert_allclose(found.cosine, wanted.cosine, rtol=1e-6)
+    assert found.names == wanted.names
+
+
 def test_padding_is_left_out():
     x = BATCHES[1]
     padded = jnp.concatenate([x, 1e3 * jnp.ones((2, 3, 8))], axis=1)
