@@ -76,7 +76,7 @@ class Model:
     def statistics(self) -> jp.calibration.Statistics:
         return jp.calibrate(
             self.fn, self.params, self.batches,
-            statistics=("square", "variance"), where=self.where,
+            statistics=("square", "variance", "gram"), where=self.where,
             token_weights=self.token_weights,
         )  # fmt: skip
 
@@ -89,8 +89,9 @@ class Model:
             jp.structured.plan(self.graph, scores, target=target, kinds=self.kinds)
         )
 
-    def by_plan(self, plan: jp.structured.Plan) -> Small:
-        small, after = plan.shrink(self.params), plan.after
+    def by_plan(self, plan: jp.structured.Plan, params: Any = None) -> Small:
+        params = self.params if params is None else params
+        small, after = plan.shrink(params), plan.after
         return Small(plan.rewrite(self.fn), small, after.parameters, after.flops)
 
 
@@ -109,6 +110,18 @@ def wanda_sp(model: Model, share: float) -> Small:
         model.graph, model.params, model.statistics, form="wifn", kinds=model.kinds
     )
     return model.by_scores(scores, share)
+
+
+def obspa(model: Model, share: float) -> Small:
+    """Units by what they cost once the others have taken over, which they then do."""
+    scores = jp.structured.obs_scores(
+        model.graph, model.params, model.statistics, kinds=model.kinds
+    )
+    target = jp.structured.Target(flops=share)
+    plan = jp.structured.plan(model.graph, scores, target=target, kinds=model.kinds)
+    return model.by_plan(
+        plan, jp.structured.refit(plan, model.params, model.statistics)
+    )
 
 
 def amp(model: Model, share: float) -> Small:
@@ -177,6 +190,7 @@ METHODS: dict[str, Callable[[Model, float], Small]] = {
     "Taylor, vectors": functools.partial(taylor, form="vector"),
     "Wanda-sp": wanda_sp,
     "FLAP": flap,
+    "OBSPA": obspa,
     "AMP": amp,
     "CFSP": cfsp,
     "ShortGPT": short_gpt,
