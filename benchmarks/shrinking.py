@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -253,3 +254,23 @@ def spread(found: Sequence[float], digits: int = 2) -> str:
     if len(found) == 1:
         return f"{mean} (1)"
     return f"{mean} ± {statistics.stdev(found):,.{digits}f}"
+
+
+def accuracies(
+    rows: Sequence[dict], methods: Iterable[str], shares: Iterable[float]
+) -> str:
+    """A row for each method and share, with the accuracy before and after recovery."""
+    columns = ("wanted", "method", *COSTS, "seeds", "accuracy %", "recovered %")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for share, method in itertools.product((1.0, *shares), ("dense", *methods)):
+        own = [r for r in rows if (r["method"], r["share"]) == (method, share)]
+        if not own:
+            continue
+        names = ("flops", "parameters", "latency")
+        mean = {k: statistics.fmean(r[k] for r in own) for k in names}
+        cells = [
+            f"{100 * share:.0f} %", method, *costs_of(mean), str(len(own)),
+            *(spread([100 * r[k] for r in own]) for k in ("before", "after")),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import jsonl
-import numpy as np
 import optax
 import shrinking
 
@@ -134,32 +133,6 @@ class Bench:
         return {**found, "after": self.accuracy(small.fn, params)}
 
 
-def table(rows: list[dict]) -> str:
-    """A row for each method and share."""
-    columns = (
-        "wanted",
-        "method",
-        *shrinking.COSTS,
-        "seeds",
-        "accuracy %",
-        "recovered %",
-    )
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for share in (1.0, *SHARES):
-        for method in ("dense", *shrinking.METHODS):
-            own = [r for r in rows if (r["method"], r["share"]) == (method, share)]
-            if not own:
-                continue
-            mean = {k: float(np.mean([r[k] for r in own])) for k in
-                    ("flops", "parameters", "latency")}  # fmt: skip
-            cells = [
-                f"{100 * share:.0f} %", method, *shrinking.costs_of(mean), str(len(own)),
-                *(shrinking.spread([100 * r[k] for r in own]) for k in ("before", "after")),
-            ]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-dir", default=".data")
@@ -176,7 +149,7 @@ def main() -> None:
             if bench is None or bench.seed != setting.seed:
                 bench = Bench(setting.seed, builder, test)
             jsonl.add(RESULTS, bench.run(setting))
-    print(table(jsonl.read(RESULTS)))
+    print(shrinking.accuracies(jsonl.read(RESULTS), shrinking.METHODS, SHARES))
 
 
 if __name__ == "__main__":
