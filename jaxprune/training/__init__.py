@@ -9,11 +9,17 @@ from ._clients import TopGradients as TopGradients
 from ._clients import merge_gradients as merge_gradients
 from ._clients import merge_moments as merge_moments
 from ._clients import top_gradients as top_gradients
+from ._dhspg import DhspgState as DhspgState
+from ._dhspg import dhspg as dhspg
 from ._gmp import gmp as gmp
 from ._gradient_flow import mdgf as mdgf
 from ._gradient_flow import nm_stages as nm_stages
 from ._gradient_flow import sdgf as sdgf
 from ._granet import granet as granet
+from ._hesso import HessoState as HessoState
+from ._hesso import hesso as hesso
+from ._hesso_cric import CricState as CricState
+from ._hesso_cric import hesso_cric as hesso_cric
 from ._iss_p import iss_p as iss_p
 from ._mask_sparsity import mask_sparsity as mask_sparsity
 from ._masked import MaskedState as MaskedState
@@ -40,3 +46,4 @@ from ._ste import sr_ste as sr_ste
 from ._ste import ste as ste
 from ._task import task as task
 from ._top_kast import top_kast as top_kast
+from ._units import Criterion as Criterion
