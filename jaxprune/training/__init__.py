@@ -38,6 +38,7 @@ from ._rigl import rigl as rigl
 from ._roles import Roles as Roles
 from ._set import set_ as set_
 from ._shrink import LayerSizes as LayerSizes
+from ._shrink import neuroprune_fold as neuroprune_fold
 from ._shrink import neuroprune_shrink as neuroprune_shrink
 from ._soft_top_k import SoftTopKState as SoftTopKState
 from ._soft_top_k import soft_top_k as soft_top_k
