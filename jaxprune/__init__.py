@@ -44,6 +44,7 @@ from .training import rigl as rigl
 from .training import sdgf as sdgf
 from .training import set_ as set_
 from .training import soft_top_k as soft_top_k
+from .training import sora as sora
 from .training import sparse_params as sparse_params
 from .training import sr_ste as sr_ste
 from .training import static as static

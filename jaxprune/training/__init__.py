@@ -42,6 +42,7 @@ from ._shrink import neuroprune_fold as neuroprune_fold
 from ._shrink import neuroprune_shrink as neuroprune_shrink
 from ._soft_top_k import SoftTopKState as SoftTopKState
 from ._soft_top_k import soft_top_k as soft_top_k
+from ._sora import sora as sora
 from ._static import static as static
 from ._ste import sr_ste as sr_ste
 from ._ste import ste as ste

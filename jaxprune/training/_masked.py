@@ -70,7 +70,7 @@ def masked(
       A transformation that needs `params` in `update`. Put it last in a `chain`; it may
       itself stand in `partition`, `MultiSteps` or `inject_hyperparams`. Methods that move
       weights themselves (`dhspg`, `hesso`, `hesso_cric`, `iss_p`, `neuroprune`,
-      `soft_top_k`, `top_kast`, `training.task`) give float32 updates for weights of two
+      `soft_top_k`, `sora`, `top_kast`, `training.task`) give float32 updates for weights of two
       bytes, so that these land where they should; there `apply_if_finite` goes around
       `inner`.
 

@@ -354,6 +354,7 @@ METHODS = [
     ),
     CRIC,
     _units_row("dhspg", lambda g: jp.dhspg(g, FINAL, begin=BEGIN, end=END)),
+    _row("sora", lambda: jp.sora(0.15, end=END), None, END),
     _row("chts", lambda: jp.chts(FINAL, key=KEY, **STEPS_OF), _constant),
     _row(
         "chtss", lambda: jp.chts(FINAL, key=KEY, initial=INITIAL, **STEPS_OF), _sigmoid
