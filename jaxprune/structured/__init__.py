@@ -11,7 +11,11 @@ from ._choose import planned as planned
 from ._costs import Cost as Cost
 from ._plan import Choice as Choice
 from ._plan import Plan as Plan
+from ._precrop import precrop as precrop
 from ._propagate import Rule as Rule
+from ._s2ft import Slices as Slices
+from ._s2ft import permuted as permuted
+from ._s2ft import s2ft as s2ft
 from ._scores import score_groups as score_groups
 from ._trace import Graph as Graph
 from ._trace import Group as Group
