@@ -28,7 +28,7 @@ class Member:
 
     path: str
     axis: int
-    units: tuple[int, ...]
+    units: tuple[int, ...] = dataclasses.field(repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "units", tuple(int(u) for u in self.units))

@@ -144,6 +144,49 @@ def test_the_score_is_the_sum_of_normalised_criteria():
     assert set(np.flatnonzero(_redundant(state))) == set(first)
 
 
+METHODS = {
+    "hesso": lambda g: jp.hesso(g, 0.5, begin=1, end=4),
+    "hesso_cric": lambda g: jp.hesso_cric(g, 0.5, begin=1, end=6, samples=2, cycles=2),
+    "dhspg": lambda g: jp.dhspg(g, 0.5, begin=1, end=4),
+}
+
+
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_mesh_chooses_the_units_of_one_device(name, kind):
+    kinds = (getattr(jax.sharding.AxisType, kind),) * 2
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=kinds)
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = {"up": jax.random.normal(keys[0], (8, 24)),
+              "down": jax.random.normal(keys[1], (16, 8))}  # fmt: skip
+    # Units of the first are three columns each, and one row of what reads them.
+    up = jp.structures.Member("up", 1, [i // 3 for i in range(24)])
+    down = jp.structures.Member("down", 0, [i % 8 for i in range(16)])
+    groups = jp.Groups((jp.structures.Group("hidden", 8, (up, down)),))
+    tx = jp.masked(optax.adam(0.1), METHODS[name](groups))
+
+    def run(params):
+        state = tx.init(params)
+        for i in range(8):
+            grads = jax.tree.map(lambda w, i=i: jnp.cos(5 * w + i), params)
+            updates, state = update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params, jp.get_masks(state), _redundant(state)
+
+    update = jax.jit(tx.update)
+    alone = run(params)
+    sharding = jax.NamedSharding(mesh, jax.P("x", "y"))
+    with jax.set_mesh(mesh):
+        together = run(jax.tree.map(lambda w: jax.device_put(w, sharding), params))
+    assert together[0]["up"].sharding.is_equivalent_to(sharding, 2)
+    assert alone[2].sum() == 4
+    jax.tree.map(np.testing.assert_array_equal, together[1:], alone[1:])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        together[0], alone[0],
+    )  # fmt: skip
+
+
 def test_each_group_keeps_its_best_unit():
     groups = _groups()
     scores = jnp.concatenate([jnp.arange(8.0), 100 + jnp.arange(4.0)])
