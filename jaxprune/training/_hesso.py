@@ -40,7 +40,7 @@ def hesso(
     *,
     begin: int,
     end: int,
-    periods: int = 1,
+    periods: int = 10,
     criteria: Sequence[_units.Criterion] = _units.CRITERIA,
 ) -> Method:
     r"""Chooses redundant units, and lets them fade linearly to zero as training goes on.
@@ -76,7 +76,8 @@ def hesso(
       sparsity: share of all units that is pruned at `end`, in [0, 1).
       begin: step of the first choice.
       end: step at which the last of them are masked.
-      periods: how often units are chosen.
+      periods: how often units are chosen; 10 as in the authors' examples, where their
+        code has 1 by default.
       criteria: what the score is made of.
 
     Raises:

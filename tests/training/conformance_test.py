@@ -350,7 +350,19 @@ METHODS = [
         END,
     ),
     _units_row(
-        "hesso", lambda g: jp.hesso(g, FINAL, begin=BEGIN, end=END), _half_from(END)
+        "hesso",
+        lambda g: jp.hesso(g, FINAL, begin=BEGIN, end=END, periods=1),
+        _half_from(END),
+    ),
+    _units_row(
+        "hesso-periods",
+        lambda g: jp.hesso(
+            g,
+            FINAL,
+            begin=BEGIN,
+            end=END,
+            periods=2,
+        ),
     ),
     CRIC,
     _units_row("dhspg", lambda g: jp.dhspg(g, FINAL, begin=BEGIN, end=END)),

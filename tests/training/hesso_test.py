@@ -61,7 +61,7 @@ def _by_unit(params, groups):
 @pytest.mark.parametrize("readers", [False, True])
 def test_redundant_units_fade_on_a_line_and_others_stand(readers):
     groups = _groups(readers)
-    moments = _run(jp.hesso(groups, 0.5, begin=BEGIN, end=END), END + 3)
+    moments = _run(jp.hesso(groups, 0.5, begin=BEGIN, end=END, periods=1), END + 3)
     start = moments[0][0]
     going = _redundant(moments[-1][1])
     assert going.sum() == 6
@@ -88,7 +88,9 @@ def _holes_filled(kept, params):
 def test_important_units_take_the_steps_of_the_optimizer():
     groups = _groups()
     inner = optax.adamw(0.05, weight_decay=0.1)
-    moments = _run(jp.hesso(groups, 0.5, begin=BEGIN, end=END), END + 4, inner)
+    moments = _run(
+        jp.hesso(groups, 0.5, begin=BEGIN, end=END, periods=1), END + 4, inner
+    )
     params = _params()
     state = inner.init(params)
     for i in range(END + 4):
@@ -140,12 +142,12 @@ def test_the_score_is_the_sum_of_normalised_criteria():
     found = _units.saliency(groups, params, grads, ("taylor",))
     np.testing.assert_allclose(found, table[3], rtol=1e-4)
     first = np.argsort(table.sum(0))[:6]
-    (_, state), *_ = _run(jp.hesso(groups, 0.5, begin=0, end=5), 1)[1:]
+    (_, state), *_ = _run(jp.hesso(groups, 0.5, begin=0, end=5, periods=1), 1)[1:]
     assert set(np.flatnonzero(_redundant(state))) == set(first)
 
 
 METHODS = {
-    "hesso": lambda g: jp.hesso(g, 0.5, begin=1, end=4),
+    "hesso": lambda g: jp.hesso(g, 0.5, begin=1, end=4, periods=1),
     "hesso_cric": lambda g: jp.hesso_cric(g, 0.5, begin=1, end=6, samples=2, cycles=2),
     "dhspg": lambda g: jp.dhspg(g, 0.5, begin=1, end=4),
 }
@@ -281,9 +283,13 @@ def test_the_cycle_tries_what_comes_among_the_lowest(seed, tolerance, cycles, ru
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda g: jp.hesso("g", 0.5, begin=0, end=5), TypeError, "as_groups"),
-        (lambda g: jp.hesso(g, 1.0, begin=0, end=5), ValueError, "sparsity: got 1.0"),
-        (lambda g: jp.hesso(g, 0.9, begin=0, end=5), ValueError, "expected at most 10"),
+        (lambda g: jp.hesso("g", 0.5, begin=0, end=15), TypeError, "as_groups"),
+        (lambda g: jp.hesso(g, 1.0, begin=0, end=15), ValueError, "sparsity: got 1.0"),
+        (
+            lambda g: jp.hesso(g, 0.9, begin=0, end=15),
+            ValueError,
+            "expected at most 10",
+        ),
         (lambda g: jp.hesso(g, 0.5, begin=5, end=5), ValueError, "end: got 5"),
         (lambda g: jp.hesso(g, 0.5, begin=0, end=3, periods=4), ValueError, "each per"),
         (lambda g: jp.hesso(g, 0.5, begin=0.5, end=3), TypeError, "begin: got 0.5"),
@@ -310,7 +316,7 @@ def test_bad_options_are_refused(make, error, message):
 
 
 def test_groups_say_which_leaves():
-    method = jp.hesso(_groups(), 0.5, begin=0, end=5)
+    method = jp.hesso(_groups(), 0.5, begin=0, end=15)
     with pytest.raises(ValueError, match="where: the groups of the method"):
         jp.masked(optax.sgd(0.1), method, where="*/kernel")
     found = jp.get_masks(jp.masked(optax.sgd(0.1), method).init(_params()))
