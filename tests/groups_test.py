@@ -149,6 +149,17 @@ def test_a_graph_gives_its_groups():
     }  # fmt: skip
 
 
+def test_integers_are_no_members():
+    def fn(params, x):
+        return jax.nn.relu(x @ (params["int8"] * params["scale"])) @ params["down"]
+
+    params = {"int8": jnp.ones((2, 4), jnp.int8), "scale": jnp.ones(4),
+              "down": jnp.ones((4, 3), jnp.bfloat16)}  # fmt: skip
+    graph = jp.structured.trace(fn, params, jnp.ones((5, 2)))
+    assert len(graph.groups[0].members) == 3
+    assert graph.as_groups().paths == ("down", "scale")
+
+
 def test_without_readers_no_weight_lies_twice():
     _, params, graph = _traced()
     groups = graph.as_groups(kinds=("channel", "neuron", "head"), readers=False)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _groups as coupled
@@ -141,6 +142,8 @@ class Graph:
     ) -> Groups:
         """The groups as data, for methods that prune whole units while they train.
 
+        Leaves of integers, which no optimizer trains, are no members.
+
         Args:
           kinds: of groups to take. By default all but `"layer"` and `"row"`.
           ignore: glob patterns of leaves that are left out, such as `"batch_stats/*"`,
@@ -174,6 +177,7 @@ class Graph:
                 coupled.Member(m.path, m.axis, tuple(m.units.tolist()))
                 for m in g.members
                 if not m.path.startswith(INPUT)
+                and jnp.issubdtype(self._dtypes[m.path], jnp.floating)
                 and (m.path, m.axis) not in out
                 and not _matches(m.path, ignore)
             ]
