@@ -31,6 +31,7 @@ import itertools
 import pathlib
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import fashion_mnist
@@ -263,11 +264,14 @@ def best_rate() -> float:
     return chosen("full")["learning_rate"]
 
 
-def plan_of_runs():
-    for seed in SEEDS:
-        yield "full", 0.0, seed
-        for sparsity in SPARSITIES:
-            yield from ((n, sparsity, seed) for n in SETTINGS if n != "full")
+def plan_of_runs() -> Iterator[tuple[str, float, int]]:
+    """All runs, the most telling first."""
+    first = [n for n in SETTINGS if n not in ("full", "HESSO-CRIC")]
+    for names in (first, ["HESSO-CRIC"]):
+        for seed in SEEDS:
+            if names is first:
+                yield "full", 0.0, seed
+            yield from ((n, s, seed) for s in SPARSITIES for n in names)
 
 
 def run(name: str, sparsity: float, seed: int, data: Data) -> dict:
