@@ -152,7 +152,7 @@ class Graph:
             Without these, a unit is what puts it out: its column of the kernel, its bias,
             its scale. If what follows maps 0 to 0, as relu does, zeros there are enough
             for the unit to do nothing: the zero-invariant groups of OTO (Chen et al.,
-            arXiv 2107.07467, section 3.1), in which no weight lies twice.
+            arXiv 2107.07467), in which no weight lies twice.
 
         Raises:
           ValueError: if nothing is left, or a pattern matches no leaf.

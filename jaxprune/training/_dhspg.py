@@ -100,7 +100,7 @@ def dhspg(
       >>> tx = jp.masked(optax.sgd(0.1), jp.dhspg(groups, 0.5, begin=100, end=500))
 
     References:
-      Chen et al., OTOv2: Automatic, Generic, User-Friendly, arXiv 2303.06862, section 3.2;
+      Chen et al., OTOv2: Automatic, Generic, User-Friendly, arXiv 2303.06862;
       Chen et al., Only Train Once, arXiv 2107.07467, for the half-space step;
       github.com/tianyic/only_train_once.
     """

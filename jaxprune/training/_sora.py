@@ -54,7 +54,7 @@ def sora(threshold: float | Callable[[Array], Array], *, end: int) -> Method:
 
     References:
       Ding et al., Sparse Low-rank Adaptation of Pre-trained Language Models,
-      arXiv 2311.11696, section 3.2; github.com/TsinghuaC3I/SoRA.
+      arXiv 2311.11696; github.com/TsinghuaC3I/SoRA.
     """
     if not callable(threshold):
         _prune.require(
