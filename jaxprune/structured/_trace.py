@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _groups as coupled
 from jaxprune import _tree
 from jaxprune._groups import Groups
 from jaxprune._tree import PyTree
-from jaxprune.structured import _dims, _kinds, _readers, _values, _zeros
+from jaxprune.structured import _coupled, _dims, _kinds, _values, _zeros
 from jaxprune.structured._dims import Dim
 from jaxprune.structured._kinds import Kind
 from jaxprune.structured._propagate import Program, Propagation, Rule
@@ -166,30 +165,19 @@ class Graph:
           (('down', 'up'), ('up',))
         """
         _check_patterns("ignore", ignore, list(self.shapes))
-        traced, out = self._traced, set()
+        reads = set()
         if not readers:
             leaves = {p: (s, self._dtypes[p]) for p, s in self.shapes.items()}
-            out = _readers.readers(traced.program, traced.paths, leaves)
-        wanted = set(kinds) if kinds else set(_kinds.KINDS) - {"layer", "row"}
-        found = []
-        for g in (g for g in self.groups if g.kind in wanted):
-            members = [
-                coupled.Member(m.path, m.axis, tuple(m.units.tolist()))
-                for m in g.members
-                if not m.path.startswith(INPUT)
-                and jnp.issubdtype(self._dtypes[m.path], jnp.floating)
-                and (m.path, m.axis) not in out
-                and not _matches(m.path, ignore)
-            ]
-            if members:
-                found.append(coupled.Group(g.name, g.size, tuple(members)))
-        if not found:
-            kinds_here = sorted({g.kind for g in self.groups})
-            raise ValueError(
-                f"kinds: no group is left of the kinds {sorted(wanted)}. The graph has: "
-                f"{_tree.listing(kinds_here)}."
-            )
-        return Groups(tuple(found))
+            traced = self._traced
+            reads = _coupled.readers(traced.program, traced.paths, leaves)
+
+        def stays(m: Member) -> bool:
+            if m.path.startswith(INPUT) or _matches(m.path, ignore):
+                return False
+            trained = jnp.issubdtype(self._dtypes[m.path], jnp.floating)
+            return trained and (m.path, m.axis) not in reads
+
+        return _coupled.as_groups(self.groups, kinds, stays)
 
     def __str__(self) -> str:
         rows = [("group", "kind", "units", "axes", "notes")]

@@ -84,7 +84,8 @@ def dhspg(
       sparsity: share of all units that is pruned at `end`, in [0, 1).
       begin: step at which redundant units are chosen.
       end: step at which what is left of them is pruned.
-      penalty: how much the norm of a redundant unit falls a step.
+      penalty: how much the norm of a redundant unit falls a step, at the least. A unit of
+        norm `|x|` needs about `|x| / (end - begin)` to be at zero in time.
       amplify: factor on the least `λ` under which the norm falls.
       largest: bound on `λ`, in units of `penalty`.
       epsilon: in [0, 1), how far into its half-space a unit must stay; larger projects

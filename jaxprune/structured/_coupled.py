@@ -1,14 +1,44 @@
-"""Which axes of parameters only read units, and which write them."""
+"""Groups as data, and which axes of parameters only read units."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr
 
-from jaxprune import tracing
+from jaxprune import _groups, _tree, tracing
+from jaxprune.structured import _kinds
 from jaxprune.structured._propagate import Program
+
+
+def as_groups(
+    groups: Sequence[Any],
+    kinds: Sequence[_kinds.Kind] | None,
+    stays: Callable[[Any], bool],
+) -> _groups.Groups:
+    """The traced groups of these kinds, with the members that stay.
+
+    Raises:
+      ValueError: if nothing is left.
+    """
+    wanted = set(kinds) if kinds else set(_kinds.KINDS) - {"layer", "row"}
+    found = []
+    for g in (g for g in groups if g.kind in wanted):
+        members = tuple(
+            _groups.Member(m.path, m.axis, tuple(m.units.tolist()))
+            for m in g.members
+            if stays(m)
+        )
+        if members:
+            found.append(_groups.Group(g.name, g.size, members))
+    if not found:
+        here = sorted({g.kind for g in groups})
+        raise ValueError(
+            f"kinds: no group is left of the kinds {sorted(wanted)}. The graph has: "
+            f"{_tree.listing(here)}."
+        )
+    return _groups.Groups(tuple(found))
 
 
 def readers(
