@@ -242,12 +242,8 @@ class Groups:
 
     def _only(self, tree: PyTree, f=lambda path, x: x) -> PyTree:
         """The leaves with members through `f(path, leaf)`, `None` for the others."""
-        paths, leaves, treedef = _tree.flatten(tree)
-        return treedef.unflatten(
-            [
-                x if _tree.is_hole(x) else f(p, x) if p in self.paths else None
-                for p, x in zip(paths, leaves, strict=True)
-            ]
+        return _tree.map_with_path(
+            lambda path, x: f(path, x) if path in self.paths else None, tree
         )
 
 

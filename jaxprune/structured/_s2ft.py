@@ -60,7 +60,7 @@ def permuted(
             x = jnp.take(x, taken, axis=axis)
         return x
 
-    return _map(take, params)
+    return _tree.map_with_path(take, params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Slices:
                 found[path] = lax.slice_in_dim(x, 0, length, axis=axis)
             return x
 
-        return _map(cut, params), found
+        return _tree.map_with_path(cut, params), found
 
     def merge(self, fixed: PyTree, trained: Mapping[str, Any]) -> PyTree:
         """The parameters with what was trained in its place; for the loss, and at the end.
@@ -100,7 +100,7 @@ class Slices:
             part = trained[path].astype(x.dtype)
             return lax.dynamic_update_slice_in_dim(x, part, 0, axis=axis)
 
-        return _map(put, fixed)
+        return _tree.map_with_path(put, fixed)
 
 
 def s2ft(
@@ -223,10 +223,3 @@ def _places(units: np.ndarray, order: np.ndarray) -> np.ndarray:
     for i, u in enumerate(order):
         taken[units == i] = np.flatnonzero(units == u)
     return taken
-
-
-def _map(f, params: PyTree) -> PyTree:
-    paths, leaves, treedef = _tree.flatten(params)
-    return treedef.unflatten(
-        [x if _tree.is_hole(x) else f(p, x) for p, x in zip(paths, leaves, strict=True)]
-    )

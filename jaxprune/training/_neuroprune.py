@@ -162,12 +162,12 @@ def neuroprune(
             {p: jnp.zeros_like(c) for p, c in factors.items()},
             alive, identity, jnp.bool_(False),
         )  # fmt: skip
-        found = _map_with_path(
+        found = _tree.map_with_path(
             lambda p, x: jnp.ones_like(x, bool) if p in everything else None, params
         )
         return start(
             found,
-            _map_with_path(lambda p, x: x if p in everything else None, params),
+            _tree.map_with_path(lambda p, x: x if p in everything else None, params),
             own,
         )
 
@@ -272,7 +272,7 @@ def neuroprune(
                 lambda xs: xs,
                 {p: current[p] for p in targets},
             )
-        return _map_with_path(lambda p, x: moved.get(p, x), params)
+        return _tree.map_with_path(lambda p, x: moved.get(p, x), params)
 
     return Method(init, update, mask_gradients, project, masked_view)
 
@@ -402,13 +402,6 @@ def _fold(kernel, dominating, layer: _roles.Layer, leaves, roles: Roles, fold: s
 
 def _bools(packed: PyTree) -> PyTree:
     return masks.unpack(packed)
-
-
-def _map_with_path(f, tree: PyTree) -> PyTree:
-    paths, leaves, treedef = _tree.flatten(tree)
-    return treedef.unflatten(
-        [x if _tree.is_hole(x) else f(p, x) for p, x in zip(paths, leaves, strict=True)]
-    )
 
 
 def _check_options(sparsity, strengths, reading, attention, eps, allocation, fold):

@@ -75,7 +75,7 @@ def neuroprune_fold(
       ([[1.0], [0.0]], [2.0])
     """
     leaves, _, _ = _folded(params, found, roles, activation)
-    return _with(params, leaves)
+    return _tree.map_with_path(lambda path, _: leaves[path], params)
 
 
 def neuroprune_shrink(
@@ -125,7 +125,7 @@ def neuroprune_shrink(
         if what.neurons is not None:
             neurons = _cut_mlp(leaves, layer, ~what.neurons)
         sizes.append(LayerSizes(layer.name, heads, kv_heads, neurons, what.notes))
-    return _with(params, leaves), sizes
+    return _tree.map_with_path(lambda path, _: leaves[path], params), sizes
 
 
 class _Dead(NamedTuple):
@@ -159,13 +159,6 @@ def _folded(params: PyTree, found: PyTree, roles: Roles, activation):
             neurons = _fold_mlp(leaves, layer, activation, notes)
         dead.append(_Dead(heads, neurons, tuple(notes)))
     return leaves, layers, dead
-
-
-def _with(params: PyTree, leaves: dict[str, Any]) -> PyTree:
-    paths, old, treedef = _tree.flatten(params)
-    return treedef.unflatten(
-        [x if _tree.is_hole(x) else leaves[p] for p, x in zip(paths, old, strict=True)]
-    )
 
 
 class _Heads(NamedTuple):
