@@ -89,13 +89,8 @@ def main() -> None:
     params, opt_state = fit("NeuroPrune", neuroprune, settings, builder, args.out)
 
     static, _, frozen = model.split(model.pretrained(seed=BUDGET.seed))
-    small, sizes = jp.neuroprune_shrink(
-        params, roles=model.ROLES, activation=model.activation
-    )
-    config = model.Config(
-        heads=tuple(size.heads[1] for size in sizes),
-        ff=tuple(size.neurons[1] for size in sizes),
-    )
+    small = train.shrunk(static, params, frozen)
+    config = model.sizes(small)
     small_static, _, _ = model.split(model.abstract(config))
 
     console.print("Testing the dense, the masked and the shrunk model ...")

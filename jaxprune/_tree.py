@@ -72,6 +72,14 @@ def map_leaves(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     )
 
 
+def map_with_path(f: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
+    """Maps `f(path, leaf)` over the arrays of `tree`; holes stay as they are."""
+    names, leaves, treedef = flatten(tree)
+    return treedef.unflatten(
+        [x if is_hole(x) else f(p, x) for p, x in zip(names, leaves, strict=True)]
+    )
+
+
 def is_float(leaf: Any) -> bool:
     """Whether `leaf` is an array of floating-point numbers."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)

@@ -17,6 +17,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxprune import _bits, _select, _tree
+from jaxprune._groups import Group as Group
+from jaxprune._groups import Groups as Groups
+from jaxprune._groups import Member as Member
 
 Axis: TypeAlias = int | tuple[int, ...]
 Axes: TypeAlias = Axis | Mapping[str, Axis]

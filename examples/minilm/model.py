@@ -159,6 +159,17 @@ def split(model: MiniLM) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     return nnx.split(model, nnx.Not(nnx.PathContains("word")), ...)
 
 
+def sizes(params: nnx.State) -> Config:
+    """The sizes of a model that was shrunk."""
+    layers = nnx.as_pure(params)["layers"].values()
+    columns = [
+        (x["attn"]["query"]["kernel"].shape[1], x["mlp"]["up"]["kernel"].shape[1])
+        for x in layers
+    ]
+    heads, ff = zip(*columns, strict=True)
+    return Config(heads=tuple(n // Config.head_dim for n in heads), ff=ff)
+
+
 def abstract(config: Config) -> MiniLM:
     """A model of these sizes with shapes in place of arrays; costs nothing."""
     return nnx.eval_shape(lambda: MiniLM(config, rngs=nnx.Rngs(0)))

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 import jaxprune as jp
+from minilm import model
 
 _KEPT = 2  # checkpoints; the one before the last is there if the disk lost the last
 
@@ -61,6 +62,19 @@ def forward(
         return nnx.merge(static, params, frozen)(batch["ids"], batch["mask"])
 
     return logits
+
+
+def shrunk(static: nnx.GraphDef, params: nnx.State, frozen: nnx.State) -> nnx.State:
+    """The params without dead heads and neurons, of which each layer keeps one at least.
+
+    Heads and neurons that put out a constant are folded into the next bias first.
+    """
+    params = jp.neuroprune_fold(params, roles=model.ROLES, activation=model.activation)
+    batch = {"ids": jnp.zeros((2, 8), int), "mask": jnp.ones((2, 8), bool)}
+    graph = jp.structured.trace(forward(static, frozen), params, batch)
+    alive = graph.as_groups(kinds=("head", "neuron")).alive(params)
+    kept = {n: np.flatnonzero(x) if x.any() else [0] for n, x in alive.items()}
+    return jp.structured.planned(graph, kept).shrink(params)
 
 
 def cross_entropy(logits: Float[Array, "b c"], batch: Batch) -> Float[Array, ""]:

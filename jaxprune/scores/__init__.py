@@ -9,3 +9,4 @@ from ._from_inputs import wanda as wanda
 from ._from_loss import grasp as grasp
 from ._from_loss import snip as snip
 from ._from_loss import synflow as synflow
+from ._lora import lora_taylor as lora_taylor

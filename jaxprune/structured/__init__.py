@@ -31,7 +31,11 @@ from ._obs import obs_scores as obs_scores
 from ._obs import refit as refit
 from ._plan import Choice as Choice
 from ._plan import Plan as Plan
+from ._precrop import precrop as precrop
 from ._propagate import Rule as Rule
+from ._s2ft import Slices as Slices
+from ._s2ft import permuted as permuted
+from ._s2ft import s2ft as s2ft
 from ._scores import score_groups as score_groups
 from ._search import Search as Search
 from ._search import Supernet as Supernet

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _tree
+from jaxprune._groups import Groups
 from jaxprune._tree import PyTree
-from jaxprune.structured import _dims, _kinds, _values, _zeros
+from jaxprune.structured import _coupled, _dims, _kinds, _values, _zeros
 from jaxprune.structured._dims import Dim
 from jaxprune.structured._kinds import Kind
 from jaxprune.structured._propagate import Program, Propagation, Rule
@@ -129,6 +131,53 @@ class Graph:
             else ""
         )
         raise KeyError(f"no group is called {name!r}.{why} The groups are: {names}.")
+
+    def as_groups(
+        self,
+        *,
+        kinds: Sequence[Kind] | None = None,
+        ignore: Patterns = (),
+        readers: bool = True,
+    ) -> Groups:
+        """The groups as data, for methods that prune whole units while they train.
+
+        Leaves of integers, which no optimizer trains, are no members.
+
+        Args:
+          kinds: of groups to take. By default all but `"layer"` and `"row"`.
+          ignore: glob patterns of leaves that are left out, such as `"batch_stats/*"`,
+            which no optimizer trains.
+          readers: whether axes along which a leaf is contracted belong to the units.
+            Without these, a unit is what puts it out: its column of the kernel, its bias,
+            its scale. If what follows maps 0 to 0, as relu does, zeros there are enough
+            for the unit to do nothing: the zero-invariant groups of OTO (Chen et al.,
+            arXiv 2107.07467), in which no weight lies twice.
+
+        Raises:
+          ValueError: if nothing is left, or a pattern matches no leaf.
+
+        Example:
+          >>> def fn(params, x):
+          ...     return jax.nn.relu(x @ params["up"]) @ params["down"]
+          >>> params = {"up": jnp.ones((2, 8)), "down": jnp.ones((8, 3))}
+          >>> graph = jp.structured.trace(fn, params, jnp.ones((5, 2)))
+          >>> graph.as_groups().paths, graph.as_groups(readers=False).paths
+          (('down', 'up'), ('up',))
+        """
+        _check_patterns("ignore", ignore, list(self.shapes))
+        reads = set()
+        if not readers:
+            leaves = {p: (s, self._dtypes[p]) for p, s in self.shapes.items()}
+            traced = self._traced
+            reads = _coupled.readers(traced.program, traced.paths, leaves)
+
+        def stays(m: Member) -> bool:
+            if m.path.startswith(INPUT) or _matches(m.path, ignore):
+                return False
+            trained = jnp.issubdtype(self._dtypes[m.path], jnp.floating)
+            return trained and (m.path, m.axis) not in reads
+
+        return _coupled.as_groups(self.groups, kinds, stays)
 
     def __str__(self) -> str:
         rows = [("group", "kind", "units", "axes", "notes")]

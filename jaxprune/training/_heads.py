@@ -13,6 +13,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from jaxprune._groups import replicated
+
 
 def head_distance(
     parts: Sequence[Float[Array, "heads ..."]],
@@ -56,7 +58,7 @@ def head_distance(
             rows.append(jnp.max(gap, axis=range(1, part.ndim), initial=0))
         return functools.reduce(jnp.maximum, rows)  # [heads]
 
-    return _replicated(lax.map(row, jnp.arange(parts[0].shape[0])))
+    return replicated(lax.map(row, jnp.arange(parts[0].shape[0])))
 
 
 def find_dominating(similar: Bool[Array, "heads heads"]) -> Bool[Array, "heads heads"]:
@@ -235,14 +237,6 @@ def _one(x: Array, i: Array) -> Array:
         lax.broadcasted_iota(jnp.int32, (x.shape[0],) + (1,) * (x.ndim - 1), 0) == i
     )
     return jnp.sum(jnp.where(chosen, x, 0), axis=0, keepdims=True, dtype=x.dtype)
-
-
-def _replicated(x: Array) -> Array:
-    """`x` whole on every device of an explicit mesh: it is tiny and indexed freely."""
-    mesh = jax.typeof(x).sharding.mesh
-    if not mesh.explicit_axes:
-        return x
-    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.P()))
 
 
 def _others(dominating: Array) -> Bool[Array, "heads heads"]:

@@ -63,15 +63,16 @@ def masked(
       inner: the optimizer. It receives all extra arguments.
       method_or_masks: a method such as `jaxprune.gmp(...)`, or masks that stay fixed
         (fine-tuning).
-      where: which leaves the method may prune; see `jaxprune.prune`. Not with masks,
-        which say it themselves.
+      where: which leaves the method may prune; see `jaxprune.prune`. Not with masks, nor
+        with methods for coupled groups, which say it themselves.
 
     Returns:
       A transformation that needs `params` in `update`. Put it last in a `chain`; it may
       itself stand in `partition`, `MultiSteps` or `inject_hyperparams`. Methods that move
-      weights themselves (`iss_p`, `neuroprune`, `soft_top_k`, `top_kast`,
-      `training.task`) give float32 updates for weights of two bytes, so that these land
-      where they should; there `apply_if_finite` goes around `inner`.
+      weights themselves (`dhspg`, `hesso`, `hesso_cric`, `iss_p`, `neuroprune`,
+      `soft_top_k`, `sora`, `top_kast`, `training.task`) give float32 updates for weights of two
+      bytes, so that these land where they should; there `apply_if_finite` goes around
+      `inner`.
 
     Raises:
       ValueError: if the masks do not fit the parameters, or `where` selects nothing.
@@ -100,6 +101,12 @@ def masked(
     inner = optax.with_extra_args_support(inner)
     if isinstance(method_or_masks, Method):
         method, fixed = method_or_masks, None
+        if method.where is not None and where is not None:
+            raise ValueError(
+                "where: the groups of the method already say which leaves are pruned. "
+                "Leave where= out, and leaves out of the groups."
+            )
+        where = where if method.where is None else method.where
     else:
         if inspect.isroutine(method_or_masks) or isinstance(
             method_or_masks, float | int

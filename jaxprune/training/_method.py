@@ -66,6 +66,8 @@ class Method(NamedTuple):
         state, so make it a function of a module, not a closure.
       dense: whether pruned weights live on behind the mask and are 0 only in the view.
         Otherwise they are 0 themselves, and the view changes nothing.
+      where: paths of the leaves that the method prunes, where it knows them; otherwise
+        `masked` chooses.
     """
 
     init: Callable[[PyTree], MethodState]
@@ -74,6 +76,7 @@ class Method(NamedTuple):
     project: Callable[[PyTree, MethodState, PyTree], PyTree] | None
     view: Callable[[PyTree, MethodState], PyTree]
     dense: bool = False
+    where: tuple[str, ...] | None = None
 
 
 def mask_gradients(grads: PyTree, state: MethodState, params: PyTree) -> PyTree:

@@ -75,7 +75,8 @@ def neuroprune(
        heads (Eq. 2).
     3. *Redundant heads*: every `head_every` steps, heads whose weights differ from
        another's by at most a threshold are folded into it and masked (Algorithms 2, 3).
-       `jaxprune.neuroprune_shrink` removes them after training.
+       `jaxprune.neuroprune_fold` and a plan of `jaxprune.structured`, or
+       `jaxprune.neuroprune_shrink`, remove them after training.
 
     The penalties act as proximal steps after the inner optimizer: a soft threshold
     `strength * c` with `c` the weight of Eq. (1), or for Eq. (2) the slope
@@ -161,12 +162,12 @@ def neuroprune(
             {p: jnp.zeros_like(c) for p, c in factors.items()},
             alive, identity, jnp.bool_(False),
         )  # fmt: skip
-        found = _map_with_path(
+        found = _tree.map_with_path(
             lambda p, x: jnp.ones_like(x, bool) if p in everything else None, params
         )
         return start(
             found,
-            _map_with_path(lambda p, x: x if p in everything else None, params),
+            _tree.map_with_path(lambda p, x: x if p in everything else None, params),
             own,
         )
 
@@ -271,7 +272,7 @@ def neuroprune(
                 lambda xs: xs,
                 {p: current[p] for p in targets},
             )
-        return _map_with_path(lambda p, x: moved.get(p, x), params)
+        return _tree.map_with_path(lambda p, x: moved.get(p, x), params)
 
     return Method(init, update, mask_gradients, project, masked_view)
 
@@ -401,13 +402,6 @@ def _fold(kernel, dominating, layer: _roles.Layer, leaves, roles: Roles, fold: s
 
 def _bools(packed: PyTree) -> PyTree:
     return masks.unpack(packed)
-
-
-def _map_with_path(f, tree: PyTree) -> PyTree:
-    paths, leaves, treedef = _tree.flatten(tree)
-    return treedef.unflatten(
-        [x if _tree.is_hole(x) else f(p, x) for p, x in zip(paths, leaves, strict=True)]
-    )
 
 
 def _check_options(sparsity, strengths, reading, attention, eps, allocation, fold):

@@ -256,6 +256,26 @@ TASK = pytest.param(
     ),
     id="task",
 )
+
+
+def _coupled(params):
+    """One group of four units over both kernels, each two columns of the first."""
+    del params
+    two = jp.structures.Member("dense/kernel", 1, (0, 0, 1, 1, 2, 2, 3, 3))
+    one = jp.structures.Member("stack/kernel", 2, (0, 1, 2, 3))
+    return jp.Groups((jp.structures.Group("both", 4, (two, one)),))
+
+
+def _units_row(name, make, expected=None):
+    case = Case(lambda params: make(_coupled(params)), plain_params, expected, END)
+    return pytest.param(case, id=name)
+
+
+CRIC = _units_row(
+    "hesso_cric",
+    lambda g: jp.hesso_cric(g, FINAL, begin=BEGIN, end=END, samples=2, cycles=2),
+    _half_from(END),
+)
 METHODS = [
     FROZEN,
     TASK,
@@ -329,6 +349,24 @@ METHODS = [
         _half_from(END),
         END,
     ),
+    _units_row(
+        "hesso",
+        lambda g: jp.hesso(g, FINAL, begin=BEGIN, end=END, periods=1),
+        _half_from(END),
+    ),
+    _units_row(
+        "hesso-periods",
+        lambda g: jp.hesso(
+            g,
+            FINAL,
+            begin=BEGIN,
+            end=END,
+            periods=2,
+        ),
+    ),
+    CRIC,
+    _units_row("dhspg", lambda g: jp.dhspg(g, FINAL, begin=BEGIN, end=END)),
+    _row("sora", lambda: jp.sora(0.15, end=END), None, END),
     _row("chts", lambda: jp.chts(FINAL, key=KEY, **STEPS_OF), _constant),
     _row(
         "chtss", lambda: jp.chts(FINAL, key=KEY, initial=INITIAL, **STEPS_OF), _sigmoid
@@ -400,7 +438,7 @@ METHODS = [
 # One row a method, for what does not depend on structure or allocation.
 PLAIN = [m for m in METHODS if "-" not in m.id or m.id in ("static-random", "gmp-nm")]
 # Where only the shape of the state matters: a row for each kind of it.
-ONE_OF_EACH = [FROZEN, GMP, HEADS, TOP_KAST]
+ONE_OF_EACH = [FROZEN, GMP, HEADS, TOP_KAST, CRIC]
 LARGE = [STATIC, GMP, NM, RIGL, STE]
 
 

@@ -240,6 +240,37 @@ def test_equal_heads_are_folded_and_removed_without_changing_the_function(form):
     np.testing.assert_allclose(forward(small, form, x), want, rtol=1e-5, atol=1e-5)
 
 
+def test_what_is_folded_can_be_cut_by_a_plan():
+    """Neurons and heads that are dead are 0, and the plan of what is left is the same."""
+    form = layout()
+
+    def dying(c, i):
+        c = c | {"up": c["up"].at[:, : 5 + i].set(0)}  # constant neurons
+        c = c | {"down": c["down"].at[10 + i : 17].set(0)}  # neurons nobody reads
+        c = c | {"o": c["o"].at[1].set(0)}  # a head nobody reads
+        return c | {"v": c["v"].at[:, -1].set(0)}  # a constant head
+
+    params = make(form, edit=dying)
+    x = jax.random.normal(jax.random.key(3), (6, D))
+
+    def fn(params, x):
+        return forward(params, form, x)
+
+    folded = jp.neuroprune_fold(params, roles=form.roles)
+    want = fn(params, x)
+    np.testing.assert_allclose(fn(folded, x), want, rtol=1e-5, atol=1e-5)
+    graph = jp.structured.trace(fn, params, x)
+    alive = graph.as_groups(kinds=("head", "neuron")).alive(folded)
+    plan = jp.structured.planned(
+        graph, {n: np.flatnonzero(k) for n, k in alive.items()}
+    )
+    small = plan.shrink(folded)
+    np.testing.assert_allclose(plan.rewrite(fn)(small, x), want, rtol=1e-5, atol=1e-5)
+    by_roles, sizes = jp.neuroprune_shrink(params, roles=form.roles)
+    assert all(s.heads == (4, 2) for s in sizes)
+    jax.tree.map(np.testing.assert_array_equal, small, by_roles)
+
+
 @pytest.mark.parametrize("form", LAYOUTS)
 def test_the_shrunk_model_computes_what_the_masked_one_does(form):
     def dying(c, i):
