@@ -85,7 +85,7 @@ def routing(
     References:
       `score` over logits, divided by `tokens`, is the task-conditioned expected selection
       score of PreMoe: Lightening MoEs on Constrained Memory by Expert Pruning and
-      Retrieval, arXiv 2505.17639.
+      Retrieval, arXiv 2505.17639, without its least confidence.
     """
     steps: dict[Any, Callable] = {}
     total = None if initial is None else dict(initial)
