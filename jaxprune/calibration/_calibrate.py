@@ -317,8 +317,9 @@ def _check_finite(
 
 
 def _matching(patterns: str | Sequence[str], trace: tracing.Trace) -> frozenset[int]:
-    """Activations of the leaves that match."""
-    found = _tree.matching([s.path for s in trace.sites], patterns, name="empty_rows")
+    """Activations of the leaves that match; of one that is not traced there is none."""
+    paths = list(dict.fromkeys([*(s.path for s in trace.sites), *trace.untraced]))
+    found = _tree.matching(paths, patterns, name="empty_rows")
     return frozenset(s.activation for s in trace.sites if s.path in found)
 
 

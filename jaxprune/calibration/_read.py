@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxprune.calibration._inputs import Inputs
 from jaxprune.calibration._moments import empty, moments
 from jaxprune.tracing import Reading, Tap
 
+T = TypeVar("T")
 Merge = Callable[[Inputs, Inputs], Inputs]
 
 
@@ -40,7 +41,7 @@ def tap_of(
         def state(operands, indices, weights):
             found = _moments(eqn, operands, reading, path, statistics, weights, sparse)
             for index, length in reversed(list(zip(indices, lengths, strict=True))):
-                found = _at(found, index, length)
+                found = at_index(found, index, length)
             return found
 
         return _anywhere(state, operands, indices, weights)
@@ -72,8 +73,8 @@ def _anywhere(f, operands, indices, weights):
         return jax.sharding.auto_axes(f, out_sharding=jax.P())(*arrays)
 
 
-def _at(found: Inputs, index: Array, length: int) -> Inputs:
-    """The moments in one place of a stack, no rows in the others."""
+def at_index(found: T, index: Array, length: int) -> T:
+    """Moments or counts in one place of a stack, zeros in the others."""
     here = jnp.clip(index, 0, length - 1)
 
     def put(x):
@@ -90,7 +91,7 @@ def _moments(
     if name == "conv_general_dilated":
         rows, free = _windows(operands[0], eqn, reading)
     elif name == "ragged_dot_general":
-        return _ragged(eqn, operands, reading, path, statistics, weights)
+        return _ragged(eqn, operands, reading, path, statistics, weights, sparse)
     else:
         rows, free = _rows(operands[reading.operand], reading)
     spread = None if weights is None else weights_of_rows(weights, free, path)
@@ -137,7 +138,9 @@ def _windows(x: Array, eqn: Any, reading: Reading) -> tuple[Array, tuple[int, ..
     return rows.transpose(1, 0, 2), shape
 
 
-def _ragged(eqn, operands, reading: Reading, path, statistics, weights) -> Inputs:
+def _ragged(
+    eqn, operands, reading: Reading, path, statistics, weights, sparse
+) -> Inputs:
     """Rows sorted by the matrix that each is multiplied with."""
     if weights is not None:
         raise ValueError(
@@ -156,6 +159,8 @@ def _ragged(eqn, operands, reading: Reading, path, statistics, weights) -> Input
     mine = (at < ends) & (at >= ends - sizes)  # [rows, groups]
     mine = jnp.repeat(mine, x.shape[1], axis=0).astype(jnp.float32).T
     x = x.reshape(-1, x.shape[2])
+    if sparse:
+        mine = mine * jnp.any(x != 0, axis=1)
 
     # One group after the other: all at once would take a copy of the rows for each.
     def one(weights):

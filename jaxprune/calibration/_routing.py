@@ -7,17 +7,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr
 from jaxtyping import Array, Float
 
 from jaxprune import _tree, tracing
 from jaxprune._tree import PyTree, Where
-from jaxprune.tracing import Site, Tap
-from jaxprune.tracing._walk import CALLS, jaxpr_of
+from jaxprune.calibration._choices import Choice, choices
+from jaxprune.calibration._read import at_index
+from jaxprune.tracing import Loop, Reading, Site, Tap
 
 
 class Routing(NamedTuple):
-    """What a router chose, float32; a scan over layers puts an axis in front.
+    """What a router chose, float32.
+
+    A scan over layers puts an axis in front, and so does a loop that takes layers out of a
+    leaf by an index, or several static slices of one leaf, in the order they have in it.
 
     Sums over tokens, so that those of two sets of batches are added:
     `jax.tree.map(jnp.add, a, b)`.
@@ -34,13 +38,6 @@ class Routing(NamedTuple):
     score: Float[Array, "*stack experts"]
 
 
-class _Choice(NamedTuple):
-    place: tuple[int, ...]
-    loops: tuple[tuple[int, ...], ...]
-    axis: int
-    experts: int
-
-
 def routing(
     fn: Callable[..., Any],
     params: PyTree,
@@ -52,8 +49,9 @@ def routing(
 ) -> dict[str, Routing]:
     """How often each expert of a mixture is chosen, and by what scores.
 
-    The choice of a router is the `top_k` or `argmax` over its experts that comes next
-    after its product; a softmax, a bias or noise may stand between them.
+    The choice of a router is the first `top_k` or `argmax` over the outputs of its
+    product, which are followed through elementwise operations (a softmax, a bias, noise
+    that is learned or not), transpositions, reshapes, and calls, loops and branches.
 
     Args:
       fn: `fn(params, *args)`, pure, of arrays.
@@ -62,15 +60,17 @@ def routing(
       where: the leaves that routers are, such as `"*/router/kernel"`; see
         `jaxprune.prune`.
       token_weights: `token_weights(*args)` gives a weight for each token, 0 for padding,
-        whose scores may be anything, NaN too.
+        whose scores may be anything, NaN too. Of the shape of the tokens where the
+        choice is made, or flat and in the same order.
       initial: what to go on from.
 
     Returns:
       What each router chose, by the path of its leaf.
 
     Raises:
-      ValueError: if there is no batch, if a leaf is not followed by a choice among as many
-        experts as it has outputs, or if token weights do not fit the tokens.
+      ValueError: if there is no batch, if a leaf is not followed by a choice among its
+        outputs or is used as routers of several forms, or if token weights or `initial`
+        do not fit.
 
     Example:
       >>> def fn(params, x):
@@ -85,7 +85,7 @@ def routing(
     References:
       `score` over logits, divided by `tokens`, is the task-conditioned expected selection
       score of PreMoe: Lightening MoEs on Constrained Memory by Expert Pruning and
-      Retrieval, arXiv 2505.17639.
+      Retrieval, arXiv 2505.17639, without its least confidence.
     """
     steps: dict[Any, Callable] = {}
     total = None if initial is None else dict(initial)
@@ -97,6 +97,8 @@ def routing(
         if key not in steps:
             steps[key] = _compiled(fn, params, args, where, token_weights)
         found = steps[key](params, args)
+        if empty and total is not None:
+            _check_initial(total, found)
         empty = False
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     if empty or total is None:
@@ -118,88 +120,118 @@ def _compiled(fn, params, args, where, token_weights) -> Callable:
         _, leaves, _ = _tree.flatten(params)
         operands = [x for x in leaves if not _tree.is_hole(x)] + jax.tree.leaves(args)
         _, states = tracing.tap(closed, operands, taps)
-        found: dict[str, Routing] = {}
-        for i, (site, _) in enumerate(pairs):
-            before = found.get(site.path)
-            now = states[i]
-            found[site.path] = now if before is None else _add(before, now)
-        return found
+        parts: dict[str, dict[int, Routing]] = {}
+        for i, (site, *_) in enumerate(pairs):
+            own = parts.setdefault(site.path, {})
+            before = own.get(site.offset)
+            own[site.offset] = states[i] if before is None else _add(before, states[i])
+        return {path: _stacked(own) for path, own in parts.items()}
 
     return step
 
 
+def _stacked(parts: dict[int, Routing]) -> Routing:
+    """Parts of a leaf, in the order in which they lie in it, behind the loops."""
+    found = [parts[offset] for offset in sorted(parts)]
+    if len(found) == 1:
+        return found[0]
+    axis = found[0].tokens.ndim
+    return jax.tree.map(lambda *x: jnp.stack(x, axis), *found)
+
+
 def _pairs(
     closed: ClosedJaxpr, params: PyTree, where: Where
-) -> list[tuple[Site, _Choice]]:
+) -> list[tuple[Site, Reading, Choice]]:
     """Each use of a router, and the choice that follows it."""
-    sites = tracing.of_jaxpr(closed, params).sites
+    trace = tracing.of_jaxpr(closed, params, where=where)
+    found = choices(closed.jaxpr, trace.sites, trace.readings)
+    pairs = [
+        (site, trace.readings[site.activation], found[i])
+        for i, site in enumerate(trace.sites)
+        if i in found
+    ]
     paths, picked, _ = _tree.flatten(_tree.select(params, where))
     chosen = {p for p, x in zip(paths, picked, strict=True) if not _tree.is_hole(x)}
-    owners: dict[Site, _Choice] = {}
-    for choice in _choices(closed.jaxpr, (), ()):
-        before = [
-            s
-            for s in sites
-            if s.place < choice.place
-            and s.matrix.N == choice.experts
-            and tuple(x.place for x in s.loops) == choice.loops
-        ]
-        if before:
-            owners.setdefault(max(before, key=lambda s: s.place), choice)
-    if missing := sorted(chosen - {s.path for s in owners}):
+    if missing := sorted(chosen - {s.path for s, *_ in pairs}):
         raise ValueError(
-            f"where: no top_k or argmax follows {_tree.listing(missing)}, over an axis of "
-            "as many entries as it has outputs, before the next product of that size. "
-            "Choose the leaves of routers only; choices by sorting are not seen."
+            f"where: no top_k or argmax follows {_tree.listing(missing)}, over all the "
+            "outputs of one router, which only elementwise operations, reductions and "
+            "reshapes may change before. Choose the leaves of routers only; choices by "
+            "sorting, those of tokens by experts, and those of several routers side by "
+            "side are not counted."
         )
-    return [(s, c) for s, c in owners.items() if s.path in chosen]
+    for path in chosen:
+        sizes = {(s.stack, s.matrix.N) for s, *_ in pairs if s.path == path}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"where: {path} is used as routers of several forms, with "
+                f"{sorted(n for _, n in sizes)} experts; expected one number of experts "
+                "and of layers. Leave it out."
+            )
+    return pairs
 
 
-def _choices(jaxpr: Jaxpr, place, loops) -> Iterable[_Choice]:
-    for i, eqn in enumerate(jaxpr.eqns):
-        here, name = (*place, i), eqn.primitive.name
-        if name in ("top_k", "argmax"):
-            shape = eqn.invars[0].aval.shape
-            (axis,) = eqn.params.get("axes", (eqn.params.get("axis", -1),))
-            yield _Choice(here, loops, axis % len(shape), shape[axis])
-        elif name in CALLS:
-            yield from _choices(jaxpr_of(eqn.params)[0], here, loops)
-        elif name == "scan":
-            yield from _choices(eqn.params["jaxpr"].jaxpr, here, (*loops, here))
-        elif name == "cond":
-            for j, branch in enumerate(eqn.params["branches"]):
-                yield from _choices(branch.jaxpr, (*here, j), loops)
-        elif name == "while":
-            body = eqn.params["body_jaxpr"].jaxpr
-            yield from _choices(body, (*here, 1), (*loops, here))
+def _tap(site: Site, reading: Reading, choice: Choice, weights: Array | None) -> Tap:
+    experts = site.matrix.N
+    lengths = [length for _, _, length in reading.indices]
 
-
-def _tap(site: Site, choice: _Choice, weights: Array | None) -> Tap:
-    vector = jax.ShapeDtypeStruct((choice.experts,), jnp.float32)
-    zero = Routing(jax.ShapeDtypeStruct((), jnp.float32), vector, vector)
+    def empty():
+        vector = jnp.zeros((*lengths, experts), jnp.float32)
+        return Routing(jnp.zeros(tuple(lengths), jnp.float32), vector, vector)
 
     def read(eqn, operands, indices):
-        del indices
-        scores = jnp.moveaxis(operands[0], choice.axis, -1).astype(jnp.float32)
+        scores = jnp.moveaxis(operands[0], choice.axis, -1)
         tokens = scores.shape[:-1]
-        scores = scores.reshape(-1, choice.experts)
+        scores = scores.reshape(-1, experts)
         _, index = lax.top_k(scores, eqn.params.get("k", 1))
-        taken = jnp.sum(jax.nn.one_hot(index, choice.experts), axis=1)
-        w = jnp.ones(len(scores)) if weights is None else _flat(weights, tokens, site)
+        taken = jnp.sum(jax.nn.one_hot(index, experts, dtype=jnp.float32), axis=1)
+        w = (
+            jnp.ones(len(scores), jnp.float32)
+            if weights is None
+            else _flat(weights, tokens, site)
+        )
         taken = taken * w[:, None]
-        score = jnp.where(taken != 0, scores, 0) * taken
-        return Routing(jnp.sum(w), jnp.sum(taken, axis=0), jnp.sum(score, axis=0))
+        score = jnp.where(taken != 0, scores.astype(jnp.float32), 0) * taken
+        found = Routing(jnp.sum(w), jnp.sum(taken, axis=0), jnp.sum(score, axis=0))
+        for i, length in reversed(list(zip(indices, lengths, strict=True))):
+            found = at_index(found, i, length)
+        return found
 
-    return Tap(choice.place, read, _add, zero, site.loops)
+    own = {x.place: x for x in site.loops}
+    return Tap(
+        choice.place,
+        read,
+        _add,
+        jax.eval_shape(empty),
+        tuple(own.get(p, Loop(p, None, False)) for p in choice.loops),
+        tuple((place, operand) for place, operand, _ in reading.indices),
+    )
 
 
 def _flat(weights: Array, tokens: tuple[int, ...], site: Site) -> Array:
-    if weights.size != math.prod(tokens):
+    """Weights in the order of the tokens, one of the two flat or both alike."""
+    given, wanted = (tuple(n for n in x if n != 1) for x in (weights.shape, tokens))
+    alike = given == wanted or min(len(given), len(wanted)) < 2
+    if weights.size != math.prod(tokens) or not alike:
         raise ValueError(
             f"token_weights: got the shape {weights.shape}, and {site.path} chooses for "
-            f"tokens {tokens}; expected a weight for each of them."
+            f"tokens {tokens}; expected a weight for each of them, of that shape, or flat "
+            "and in that order."
         )
     return weights.reshape(-1).astype(jnp.float32)
+
+
+def _check_initial(initial: Mapping[str, Routing], found: dict[str, Routing]) -> None:
+    shapes = (
+        {path: tuple(map(jnp.shape, x)) for path, x in each.items()}
+        for each in (initial, found)
+    )
+    before, now = shapes
+    if before != now:
+        raise ValueError(
+            f"initial: got shapes {before}; expected {now}, as routing gives them for the "
+            "same params and where."
+        )
 
 
 def _add(a: Routing, b: Routing) -> Routing:

@@ -191,11 +191,14 @@ class Run:
     def mask(self, path: str) -> Any:
         """The mask of a leaf, of booleans."""
         found = self.found.pop(path, None)
-        if found is None or None in found:
-            return None if found is None else self.rest(masks.as_bool(found[None]))
+        if found is None:
+            return None
+        layers = {i: packed for i, packed in found.items() if i is not None}
+        if not layers:
+            return self.rest(masks.as_bool(found[None]))
         xnp = np if self.offload else jnp
         whole = xnp.ones_like(self.weights[path], bool)
-        for layer, packed in found.items():
+        for layer, packed in layers.items():
             whole = self.put(whole, masks.as_bool(packed), layer)
         return whole
 

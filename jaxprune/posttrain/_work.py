@@ -99,13 +99,22 @@ def _name(leaf: Leaf, block: Block) -> str:
 
 
 def _check(users: dict[Leaf, list[str]], chosen: set[str]) -> None:
-    """Each leaf must be used, and in one block only."""
+    """Each leaf must be used, in one block only, and as a whole or by layers."""
     for leaf, names in users.items():
         if len(names) > 1:
             raise ValueError(
                 f"params: {leaf.path} is used in the blocks {', '.join(names)}, and cannot "
                 "be pruned for one of them. Leave it out with where=, or make them one "
                 "block with block_of=."
+            )
+    whole = {leaf.path: names for leaf, names in users.items() if leaf.layer is None}
+    for leaf, names in users.items():
+        if leaf.layer is not None and leaf.path in whole:
+            raise ValueError(
+                f"params: {leaf.path} is used layer by layer in the block {names[0]}, and "
+                f"as a whole in {whole[leaf.path][0]}, and cannot be pruned for one of "
+                "them. Leave it out with where=, or prune it without data by "
+                "jaxprune.prune."
             )
     if unused := sorted(chosen - {leaf.path for leaf in users}):
         raise ValueError(

@@ -372,6 +372,18 @@ def test_ragged_product():
     check(fn, p, (X, sizes), hooks, statistics=ALL)
 
 
+def test_empty_rows_of_a_ragged_product():
+    params, x = {"w": normal(2, 8, 6)}, X.at[1].set(0)
+    sizes = jnp.array([2, len(X) - 2])
+
+    def fn(p, x):
+        return lax.ragged_dot(x, p["w"], sizes)
+
+    (use,) = calibration.calibrate(fn, params, [x], empty_rows="w")["w"]
+    assert use.inputs.count[0].tolist() == [1, len(X) - 2]
+    np.testing.assert_allclose(use.inputs.square[0, 0], X[0] ** 2, rtol=1e-6)
+
+
 def test_fused_projection_split_on_the_parameter():
     p = {"qkv": normal(8, 24)}
 

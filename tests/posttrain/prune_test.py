@@ -450,6 +450,26 @@ def test_a_leaf_of_several_blocks():
     assert jp.masks.sparsity(masks) == 0.5
 
 
+def test_a_leaf_of_layers_that_is_used_as_a_whole_too():
+    def fn(params, x):
+        x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])[0]
+        return (x @ params["head"]) @ params["layers"][0]
+
+    w = jax.random.normal(jax.random.key(0), (12, 12))
+    params = {"layers": jnp.stack([w, 2 * w]), "head": w}
+    with pytest.raises(ValueError, match="layers is used layer by layer in the block"):
+        posttrain.prune(fn, params, batches(), sparsity=0.5)
+
+
+def test_a_leaf_with_empty_rows_that_cannot_be_followed():
+    params = {"w": jax.random.normal(jax.random.key(0), (12, 12))}
+    with pytest.raises(ValueError, match="params: w cannot be followed"):
+        posttrain.prune(
+            lambda p, x: x @ jnp.linalg.inv(p["w"]), params, batches(), sparsity=0.5,
+            empty_rows="w",
+        )  # fmt: skip
+
+
 def test_bad_batches():
     fn, params = both()[1]
     with pytest.raises(ValueError, match="batches: there is none"):
