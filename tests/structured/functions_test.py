@@ -500,4 +500,5 @@ def test_gradients_are_those_of_the_masked_function(name, half):
     for a, b in zip(
         jax.tree.leaves(found), jax.tree.leaves(plan.shrink(masked)), strict=True
     ):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        # Sums in another order: to rounding of the largest of them.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
