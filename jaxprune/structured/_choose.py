@@ -2,16 +2,16 @@
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from jaxprune import _tree
 from jaxprune.structured import _kinds, _state
 from jaxprune.structured._costs import Cost, Counter
+from jaxprune.structured._kept import Kept
 from jaxprune.structured._kinds import Kind
 from jaxprune.structured._plan import Choice, Plan
-from jaxprune.structured._replay import Kept
 from jaxprune.structured._trace import INPUT, Graph, Group
 
 Scope = Literal["local", "global", "isomorphic"]
@@ -39,7 +39,7 @@ def plan(
     ratio: float | None = None,
     target: Target | None = None,
     scope: Scope = "local",
-    kinds: Sequence[Kind] | None = None,
+    kinds: Kind | Sequence[Kind] | None = None,
     overrides: Mapping[str, float] | None = None,
     round_to: int = 1,
     min_keep: int = 1,
@@ -59,8 +59,8 @@ def plan(
       scope: `"local"` removes the ratio from each group; `"global"` ranks units of all
         groups together; `"isomorphic"` those of groups of one kind whose members have the
         same shapes (Fang et al., arXiv 2407.04616).
-      kinds: of groups to prune. By default all but `"layer"`, whole steps of a scan, and
-        `"row"`, entries of a table such as a vocabulary.
+      kinds: of groups to prune, one or several. By default all but `"layer"`, whole
+        steps of a scan, and `"row"`, entries of a table such as a vocabulary.
       overrides: `{pattern: ratio}` for groups whose name, or a member's path, matches; the
         last match wins, and 0 keeps all. These ratios hold whatever `ratio` or `target`.
       round_to: the number kept is a multiple of this, the nearest one, or all.
@@ -71,7 +71,8 @@ def plan(
 
     Raises:
       ValueError: if both or none of `ratio` and `target` are given, a number is out of
-        range, scores are missing, a pattern matches nothing, or the target cannot be met.
+        range, scores are missing, a pattern matches nothing, no group is of these kinds,
+        or the target cannot be met.
 
     Example:
       >>> def fn(params, x):
@@ -89,10 +90,13 @@ def plan(
       >>> plan.shrink(params)["up"].shape
       (2, 6)
     """
+    kinds = [kinds] if isinstance(kinds, str) else kinds
     _check(ratio, target, scope, round_to, min_keep, max_ratio, kinds)
     fixed = _overrides(graph, overrides or {})
     wanted = set(kinds) if kinds else set(_kinds.KINDS) - {"layer", "row"}
     groups = [g for g in graph.groups if g.kind in wanted and g.name not in fixed]
+    if not groups and not any(fixed.values()) and ratio != 0:
+        _refuse_nothing(graph, wanted)
     found = {
         g.name: _scores(g, scores) for g in graph.groups if _is_scored(g, groups, fixed)
     }
@@ -121,16 +125,17 @@ def plan(
     return planned(graph, kept)
 
 
-def planned(graph: Graph, kept: Mapping[str, np.ndarray]) -> Plan:
+def planned(graph: Graph, kept: Mapping[str, Any]) -> Plan:
     """The plan that keeps these units, in any way they were chosen.
 
     Args:
       graph: of `trace`.
-      kept: `{group: numbers of units}`, sorted or not, by names that `graph[name]` knows;
-        groups that are not named keep all.
+      kept: `{group: numbers of units}`, sorted or not, or a boolean for each unit, by
+        names that `graph[name]` knows; groups that are not named keep all.
 
     Raises:
-      ValueError: if a group is not known, units are out of range, or too few are kept.
+      ValueError: if a group is not known or named twice, units are no whole numbers or out
+        of range, or too few are kept.
 
     Example:
       >>> def fn(params, x):
@@ -141,19 +146,11 @@ def planned(graph: Graph, kept: Mapping[str, np.ndarray]) -> Plan:
       >>> plan.shrink(params)["down"].shape
       (3, 3)
     """
-    try:
-        kept = {graph[name].name: units for name, units in kept.items()}
-    except KeyError as error:
-        raise ValueError(f"kept: {error.args[0]}") from None
+    found = _chosen(graph, kept)
     choices = {}
     units = {}
     for g in graph.groups:
-        chosen = np.unique(np.asarray(kept.get(g.name, np.arange(g.size)), int))
-        if len(chosen) < g.minimum or chosen[0] < 0 or chosen[-1] >= g.size:
-            raise ValueError(
-                f"kept: got {chosen.tolist()} for {g.name}; expected at least {g.minimum} "
-                f"numbers from 0 to {g.size - 1}."
-            )
+        chosen = found.get(g.name, np.arange(g.size))
         choices[g.name] = Choice(g.kind, g.size, chosen, g.notes)
         if len(chosen) < g.size:
             mask = np.zeros(g.size, bool)
@@ -189,6 +186,40 @@ def planned(graph: Graph, kept: Mapping[str, np.ndarray]) -> Plan:
     )
 
 
+def _chosen(graph: Graph, kept: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Numbers of units, by the name that each group has."""
+    found: dict[str, np.ndarray] = {}
+    for name, units in kept.items():
+        try:
+            g = graph[name]
+        except KeyError as error:
+            raise ValueError(f"kept: {error.args[0]}") from None
+        chosen = np.unique(_numbers(g, units))
+        if len(chosen) < g.minimum or chosen[0] < 0 or chosen[-1] >= g.size:
+            raise ValueError(
+                f"kept: got {chosen.tolist()} for {g.name}; expected at least {g.minimum} "
+                f"numbers from 0 to {g.size - 1}."
+            )
+        if not np.array_equal(found.setdefault(g.name, chosen), chosen):
+            raise ValueError(
+                f"kept: {name!r} is the group {g.name}, of which other units are kept under "
+                "another name. Name each group once."
+            )
+    return found
+
+
+def _numbers(group: Group, units: Any) -> np.ndarray:
+    x = np.asarray(units)
+    if x.dtype == bool and x.shape == (group.size,):
+        return np.flatnonzero(x)
+    if x.ndim != 1 or (x.size and not np.issubdtype(x.dtype, np.integer)):
+        raise ValueError(
+            f"kept: got an array of {x.dtype} and shape {x.shape} for {group.name}; expected "
+            f"a list of whole numbers, or {group.size} booleans, True for what is kept."
+        )
+    return x.astype(int)
+
+
 def _check(ratio, target, scope, round_to, min_keep, max_ratio, kinds) -> None:
     if (ratio is None) == (target is None):
         raise ValueError(
@@ -218,6 +249,20 @@ def _check(ratio, target, scope, round_to, min_keep, max_ratio, kinds) -> None:
     unknown = [k for k in kinds or () if k not in _kinds.KINDS]
     if unknown:
         raise ValueError(f"kinds: got {unknown}; expected some of {_kinds.KINDS}.")
+
+
+def _refuse_nothing(graph: Graph, wanted: set[Kind]) -> None:
+    """There is nothing to prune: says what there is."""
+    if graph.groups:
+        there = ", ".join(sorted({g.kind for g in graph.groups}))
+        raise ValueError(
+            f"kinds: no group is of a kind in {sorted(wanted)}, or overrides keep them whole. "
+            f"The graph has groups of these kinds: {there}. Pass some of them as kinds=."
+        )
+    why = [f"{name}: {'; '.join(reasons)}" for name, reasons in graph.frozen.items()]
+    raise ValueError(
+        f"graph: it has no groups to prune. These axes are frozen: {_tree.listing(why)}."
+    )
 
 
 def _overrides(graph: Graph, overrides: Mapping[str, float]) -> dict[str, float]:

@@ -59,7 +59,7 @@ def _size(d: Dim, counts: Mapping[Dim, int]) -> int:
     d = _dims.find(d)
     if d.form == "leaf":
         return counts.get(d, d.size)
-    sizes = [_size(p, counts) for p in d.parts]
+    sizes = [_size(p, counts) for p in _dims.parts(d)]
     return math.prod(sizes) if d.form == "product" else sum(sizes)
 
 

@@ -92,7 +92,9 @@ class Plan:
 
         Subtrees like `params` are cut as these are, whatever holds them: moments of any
         optax optimizer, `TrainState`, packed masks of `jp.masked`. Factored moments lose
-        what their axes lose. All else stays, such as counts of steps.
+        what their axes lose (but optax no longer factors those of a matrix that became
+        small: initialise them anew there), and stacks of moments, such as the history of
+        L-BFGS, what each of them loses. All else stays, such as counts of steps.
 
         Args:
           state: of the full parameters.
@@ -203,10 +205,16 @@ class Plan:
         Raises:
           ValueError: if it was written in another format.
         """
-        if data.get("format") != _FORMAT:
+        found = data.get("format") if isinstance(data, Mapping) else type(data)
+        if found != _FORMAT:
             raise ValueError(
-                f"data: got a plan of the format {data.get('format')!r}, expected {_FORMAT}. "
-                "Pass what Plan.to_dict of this version gives."
+                f"data: got a plan of the format {found!r}, expected {_FORMAT}. Pass what "
+                "Plan.to_dict of this version gives."
+            )
+        missing = {f.name for f in dataclasses.fields(cls)} - data.keys()
+        if missing:
+            raise ValueError(
+                f"data: {sorted(missing)} are missing. Pass what Plan.to_dict gives, whole."
             )
         return cls(
             groups={

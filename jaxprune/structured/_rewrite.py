@@ -12,8 +12,9 @@ from jaxprune import _tree
 from jaxprune._tree import PyTree
 from jaxprune.structured import _dims, _state, _trace, _zeros
 from jaxprune.structured._dims import Dim
+from jaxprune.structured._kept import Kept
 from jaxprune.structured._propagate import Rule
-from jaxprune.structured._replay import Kept, Replay
+from jaxprune.structured._replay import Replay
 from jaxprune.structured._trace import Traced
 from jaxprune.structured._values import Dims
 

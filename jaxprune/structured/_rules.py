@@ -44,6 +44,13 @@ def is_pointwise(eqn: Any) -> bool:
     return eqn.primitive.name in _POINTWISE or eqn.primitive.name in _AS_IT_WAS
 
 
+def keeps_axes(eqn: Any) -> bool:
+    """Whether axes of the output are axes of the operands, whatever their sizes."""
+    names = {"dot_general", "transpose", "broadcast_in_dim", "squeeze", "expand_dims"}
+    name = eqn.primitive.name
+    return is_pointwise(eqn) or name in _REDUCTIONS or name in names
+
+
 def apply(eqn: Any, operands: Sequence[Operand]) -> Moved | None:
     """Dimensions of the outputs; `None` for a primitive that is not known here."""
     name = eqn.primitive.name

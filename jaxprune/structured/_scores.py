@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -64,7 +65,7 @@ def score_groups(
                 continue
             x = scored[member.path]
             rest = tuple(i for i in range(x.ndim) if i != member.axis)
-            each = jnp.sum(x, axis=rest, dtype=jnp.float32)
+            each = _whole(jnp.sum(x, axis=rest, dtype=jnp.float32))
             places = member.units
             hit = np.flatnonzero(places >= 0)
             sums = sums.at[places[hit]].add(each[hit])
@@ -72,6 +73,13 @@ def score_groups(
             jnp.sqrt(sums) if criterion_is(criterion, "l2") else sums
         )
     return found
+
+
+def _whole(x: Any) -> Any:
+    """The same on every device, so that units can be found by number."""
+    sharding = jax.typeof(x).sharding
+    whole = sharding.update(spec=jax.P())
+    return jax.sharding.reshard(x, whole) if any(sharding.spec) else x
 
 
 def criterion_is(criterion: Any, name: str) -> bool:
@@ -138,5 +146,5 @@ def _real(x: Any) -> Any:
     if not hasattr(x, "dtype") or jnp.issubdtype(x.dtype, jnp.number):
         x = jnp.asarray(x)
         x = jnp.abs(x) if jnp.iscomplexobj(x) else x
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
     return jnp.zeros(np.shape(x), jnp.float32)

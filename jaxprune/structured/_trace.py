@@ -5,6 +5,7 @@ such groups from a graph of modules. Here they come from the primitives of a jax
 factors and segments of axes, and nothing is guessed: what is not understood stays whole.
 """
 
+import collections
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -184,7 +185,8 @@ def trace(
       rules: by name of a primitive that is not known here, what it does with axes.
 
     Raises:
-      ValueError: if a pattern matches nothing, or `tie` names no groups of one size.
+      ValueError: if a pattern matches nothing, `tie` names no groups of one size, or two
+        leaves have one path.
 
     Example:
       >>> def fn(params, x):
@@ -199,6 +201,7 @@ def trace(
       {'down:1': ('output',), 'up:0': ('input 0',)}
     """
     traced = read(fn, params, args, rules)
+    _check_unique(traced.paths)
     _check_patterns("ignore", ignore, traced.paths)
     _check_patterns("resizable_inputs", resizable_inputs, traced.input_paths)
     for path, dims in zip(traced.paths, traced.dims, strict=True):
@@ -287,7 +290,7 @@ def units(d: Dim, leaf: Dim) -> np.ndarray:
     d = _dims.find(d)
     if d.form == "leaf":
         return np.arange(d.size) if d is leaf else np.full(d.size, -1)
-    parts = [units(p, leaf) for p in d.parts]
+    parts = [units(p, leaf) for p in _dims.parts(d)]
     if d.form == "sum":
         return np.concatenate(parts)
     found = parts[0]
@@ -365,7 +368,7 @@ def _expression(d: Dim, leaf: Dim, name: str) -> str:
     if d.form == "leaf":
         return name if d is leaf else str(d.size)
     sign = "*" if d.form == "product" else "+"
-    return f"({sign.join(_expression(p, leaf, name) for p in d.parts)})"
+    return f"({sign.join(_expression(p, leaf, name) for p in _dims.parts(d))})"
 
 
 def _tie(axes: Sequence[tuple[str, int, Dim]], pair: tuple[str, str]) -> None:
@@ -392,6 +395,14 @@ def _tie(axes: Sequence[tuple[str, int, Dim]], pair: tuple[str, str]) -> None:
 def _matches(path: str, patterns: Patterns) -> bool:
     patterns = [patterns] if isinstance(patterns, str) else patterns
     return any(fnmatch.fnmatchcase(path, p) for p in patterns)
+
+
+def _check_unique(paths: Sequence[str]) -> None:
+    if twice := [p for p, n in collections.Counter(paths).items() if n > 1]:
+        raise ValueError(
+            f"params: several leaves have the path {twice[0]}, so that they cannot be told "
+            "apart. A leading params/ and a / in a key do not count. Rename one of them."
+        )
 
 
 def _check_patterns(name: str, patterns: Patterns, paths: Sequence[str]) -> None:

@@ -39,14 +39,14 @@ _FIXED = frozenset(
     "reshape transpose squeeze expand_dims broadcast_in_dim slice split rev tile "
     "reduce_max reduce_min reduce_sum reduce_prod reduce_window_sum reduce_window_max "
     "reduce_window_min cumsum cummax cummin cumprod dynamic_slice unstack "
-    "bitcast_convert_type".split()
+    "bitcast_convert_type scatter-mul scatter_mul".split()
 )
 _ALL_ZERO = frozenset(
     "add sub max min add_any select_n clamp or xor concatenate stack pad rem atan2 "
     "dynamic_update_slice scatter scatter-add scatter_add complex nextafter sort".split()
 )
-_PRODUCTS = frozenset("mul and scatter-mul scatter_mul".split())
-_INFINITE = frozenset("rsqrt log div pow integer_pow".split())
+_PRODUCTS = frozenset("mul and".split())
+_INFINITE = frozenset("rsqrt log div rem lgamma digamma pow integer_pow".split())
 CHECKPOINTS = frozenset("remat remat2 checkpoint".split())
 _LARGE = 1 << 20
 
@@ -313,7 +313,7 @@ class Look:
                 exponent = eqn.invars[1].val
             if exponent >= 0:
                 return
-        z = zeros[1 if name == "div" else 0]
+        z = zeros[1 if name in ("div", "rem") else 0]
         met = self.among(record.operands[0].dims)
         self.note(met if z is None else z & met, f"{name} of 0 without weights")
 

@@ -152,7 +152,8 @@ def test_rounding_least_and_largest_shares_and_overrides():
     assert kept(ratio=0.9, max_ratio=0.5) == [8, 6]
     assert kept(ratio=0.5, overrides={"c": 0.0}) == [8, 12]
     assert kept(ratio=0.0, overrides={"a:1": 0.75}) == [4, 12]
-    assert kept(ratio=0.5, kinds=("channel",)) == [16, 12]
+    assert kept(ratio=0.5, kinds="neuron") == [8, 6]
+    assert kept(ratio=0.5, kinds="channel", overrides={"c": 0.5}) == [16, 6]
 
 
 def test_round_trip_through_json():
@@ -255,6 +256,27 @@ def test_factored_moments_lose_what_their_axes_lose():
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, expected)
 
 
+def test_factored_moments_that_cannot_be_told_apart_are_refused():
+    optimizer = optax.scale_by_factored_rms()
+    for rows, kept in ((256, 200), (200, 128)):  # square; or columns become the shorter
+        p = {"w": jnp.ones((rows, 256)), "v": jnp.ones((256, 2))}
+        graph = structured.trace(lambda p, x: jax.nn.relu(x @ p["w"]) @ p["v"], p,
+                                 jnp.ones((3, rows)))  # fmt: skip
+        plan = structured.planned(graph, {"w:1": np.arange(kept)})
+        with pytest.raises(ValueError, match="cannot be told what to remove"):
+            plan.shrink_state(optimizer.init(p), p)
+
+
+def test_a_history_of_moments_is_cut_and_parts_of_moments_are_refused():
+    plan = structured.plan(GRAPH, SCORES, ratio=0.5)
+    history = optax.scale_by_lbfgs(3)
+    found = plan.shrink_state(history.init(P), P)
+    expected = history.init(plan.shrink(P))
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, expected)
+    with pytest.raises(ValueError, match="mu/a/1 has the shape .* cannot be told"):
+        plan.shrink_state(optax.sm3(0.1).init(P), P)
+
+
 def test_packed_masks_in_a_state():
     tx = jp.masked(optax.adam(1e-2), jax.tree.map(lambda x: jnp.abs(x) > 0.1, P))
     state, plan = tx.init(P), structured.plan(GRAPH, SCORES, ratio=0.5)
@@ -292,6 +314,7 @@ def test_abstract_parameters_are_enough():
         ({"ratio": 0.5, "scope": "all"}, "scope: got 'all'"),
         ({"ratio": 0.5, "round_to": 0}, "round_to, min_keep: got 0 and 1"),
         ({"ratio": 0.5, "max_ratio": 0.0}, "max_ratio: got 0.0"),
+        ({"ratio": 0.5, "kinds": "head"}, "kinds: no group is of a kind in .* neuron"),
         ({"ratio": 0.5, "kinds": ("heads",)}, r"kinds: got \['heads'\]"),
         (
             {"ratio": 0.5, "overrides": {"z*": 0.1}},
@@ -324,6 +347,30 @@ def test_missing_scores_and_wrong_units_are_refused():
         structured.planned(GRAPH, {"a:1": []})
     with pytest.raises(ValueError, match="at least 1 numbers from 0 to 15"):
         structured.planned(GRAPH, {"a:1": [16]})
+    with pytest.raises(ValueError, match=r"got an array of float64 and shape \(2,\)"):
+        structured.planned(GRAPH, {"a:1": [0.5, 1.5]})
+    with pytest.raises(ValueError, match=r"got an array of bool and shape \(2,\)"):
+        structured.planned(GRAPH, {"a:1": [True, False]})
+    with pytest.raises(ValueError, match="of which other units are kept"):
+        structured.planned(GRAPH, {"a:1": [0, 1], "bias:0": [0, 2]})
+    with pytest.raises(ValueError, match="it has no groups to prune.*output"):
+        structured.plan(structured.trace(lambda p: p, P), {}, ratio=0.5)
+
+
+def test_units_may_be_given_as_booleans():
+    kept = np.arange(16) % 3 == 0
+    plan = structured.planned(GRAPH, {"a:1": kept})
+    assert plan.groups["a:1"].kept.tolist() == [0, 3, 6, 9, 12, 15]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.int4, jnp.int8, jnp.bfloat16])
+def test_weights_of_any_type_are_scored(dtype):
+    p = jax.tree.map(lambda x: (2 * x).astype(dtype), P)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), p)
+    close(
+        structured.score_groups(GRAPH, p)["a:1"],
+        structured.score_groups(GRAPH, wide)["a:1"],
+    )
 
 
 def test_a_plan_for_another_model_is_refused_with_the_first_path_that_differs():
@@ -336,8 +383,11 @@ def test_a_plan_for_another_model_is_refused_with_the_first_path_that_differs():
         plan.shrink({**P, "z": X})
     with pytest.raises(ValueError, match=r"the shrunk shape in the plan is \(4, 8\)"):
         plan.rewrite(mlp)(P, X)
-    with pytest.raises(ValueError, match="expected 1"):
-        structured.Plan.from_dict({**plan.to_dict(), "format": 9})
+    for data in ({**plan.to_dict(), "format": 9}, [1]):
+        with pytest.raises(ValueError, match="expected 1"):
+            structured.Plan.from_dict(data)
+    with pytest.raises(ValueError, match="'cuts', 'groups'.* are missing"):
+        structured.Plan.from_dict({"format": 1})
 
 
 def test_a_state_leaf_of_another_shape_is_refused():

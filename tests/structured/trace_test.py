@@ -153,6 +153,42 @@ def test_a_large_model_is_traced_from_shapes_alone():
     assert plan.before.parameters == sum(np.prod(x.shape) for x in p.values())
 
 
+@pytest.mark.parametrize("name", ["of inputs", "of units", "there and back"])
+def test_a_thousand_pieces_are_no_chain(name):
+    n = 1100
+
+    def fn(p, x):
+        h = jnp.tanh(x @ p["a"])
+        if name == "of inputs":
+            return sum(h[i] @ p["b"] for i in range(n))
+        if name == "of units":
+            return sum(h[:, i] for i in range(n))
+        return jnp.concatenate(jnp.split(h, n, -1)[::-1], -1) @ p["b"]
+
+    x = jnp.ones((n, 4) if name == "of inputs" else (3, 4))
+    width = 6 if name == "of inputs" else n
+    p = {"a": jnp.ones((4, width)), "b": jnp.ones((width, 2))}
+    graph = structured.trace(fn, p, x)
+    assert [g.size for g in graph.groups] == ([6] if name == "of inputs" else [])
+
+
+def test_leaves_of_one_path_are_refused():
+    p = {"x/a": jnp.ones((4, 8)), "x": {"a": jnp.ones((8, 3))}}
+    with pytest.raises(ValueError, match="several leaves have the path x/a"):
+        structured.trace(lambda p, x: x @ p["x/a"] @ p["x"]["a"], p, X)
+
+
+def test_an_empty_batch():
+    def fn(p, x):
+        return jax.nn.relu(x @ p["a"]) @ p["b"]
+
+    p = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 3))}
+    graph = structured.trace(fn, p, X[:0])
+    assert [g.size for g in graph.groups] == [8]
+    plan = structured.planned(graph, {"a:1": [0, 1]})
+    assert plan.rewrite(fn)(plan.shrink(p), X[:0]).shape == (0, 3)
+
+
 # ---- dimensions
 
 

@@ -102,9 +102,18 @@ def chosen(h):
     return lax.top_k(h, 2)[0].sum(-1)
 
 
+def scaled_rows(h):
+    return jax.nn.sigmoid(h).at[jnp.zeros(1, int)].multiply(h[:1]).sum(-1)
+
+
+def poles(h):
+    return jnp.exp(-lax.lgamma(h)).sum(-1) + lax.digamma(h).max(-1)
+
+
 NOTED = [
     outer_sums, permuted_and_added, mixed_by_activations, outer_quotients,
     merged_before_the_sum, largest_of_running_sums, chosen,
+    scaled_rows, poles,
 ]  # fmt: skip
 
 
