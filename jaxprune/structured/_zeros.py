@@ -237,12 +237,20 @@ class Look:
         ]
         found = self.among(record.outs[0])
         if record.eqn.primitive.name == "pad" and zeros[1] is not None:
-            found &= having[0][0]
+            found &= self.unpadded(record)
         return frozenset(
             d
             for d in found
             if all(z is None or d in z for has, z in having if d in has)
         )
+
+    def unpadded(self, record: Record) -> frozenset[Dim]:
+        """Dimensions at whose units nothing is padded: those of all axes with edges."""
+        dims, here = record.operands[0].dims, self.occurrences(record.outs[0])
+        edges = record.eqn.params["padding_config"]
+        padded = [self._leaves(d) for d, e in zip(dims, edges, strict=True) if any(e)]
+        found = self.among(dims).intersection(*padded)
+        return frozenset(d for d in found if here[d] < 2)
 
     def stays_zero(self, record: Record) -> bool:
         """Whether f(0) = 0 of a comparison with numbers."""

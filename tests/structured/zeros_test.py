@@ -106,6 +106,10 @@ def scaled_rows(h):
     return jax.nn.sigmoid(h).at[jnp.zeros(1, int)].multiply(h[:1]).sum(-1)
 
 
+def rows_of_ones(h):
+    return jnp.pad(h, [(1, 0), (0, 0)], constant_values=1.0).sum(-1)
+
+
 def poles(h):
     return jnp.exp(-lax.lgamma(h)).sum(-1) + lax.digamma(h).max(-1)
 
@@ -113,7 +117,7 @@ def poles(h):
 NOTED = [
     outer_sums, permuted_and_added, mixed_by_activations, outer_quotients,
     merged_before_the_sum, largest_of_running_sums, chosen,
-    scaled_rows, poles,
+    scaled_rows, rows_of_ones, poles,
 ]  # fmt: skip
 
 
