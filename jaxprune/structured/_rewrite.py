@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 
 Removed = Literal["zero", "absent"]
+_SETTINGS = (
+    "jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion"
+)  # fmt: skip
 
 
 def rewritten(
@@ -78,8 +81,13 @@ def read_at(
 
 
 def _signature(tree: PyTree) -> Any:
+    """What the reading of a function depends on, besides the function."""
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef, tuple(jax.typeof(x) for x in leaves)
+    settings = (
+        *(getattr(jax.config, n) for n in _SETTINGS),
+        jax.sharding.get_abstract_mesh(),
+    )
+    return treedef, tuple(jax.typeof(x) for x in leaves), settings
 
 
 def _full(params: PyTree, shapes: Mapping[str, tuple[int, ...]]) -> PyTree:

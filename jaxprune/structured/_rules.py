@@ -182,10 +182,10 @@ def _ragged(eqn: Any, operands: Sequence[Operand]) -> Moved | None:
     return Moved([(*(d for i, d in enumerate(left) if i not in l_axes), *rest)])
 
 
-def _reshape(eqn: Any, operands: Sequence[Operand]) -> Moved | None:
-    if eqn.params.get("dimensions") is not None:
-        return None
+def _reshape(eqn: Any, operands: Sequence[Operand]) -> Moved:
     dims, shape = operands[0].dims, eqn.outvars[0].aval.shape
+    order = eqn.params.get("dimensions")
+    dims = dims if order is None else tuple(dims[i] for i in order)
     out = list(_dims.fresh(shape))
     for old, new in aligned([d.size for d in dims], shape):
         before = [d for d in (dims[i] for i in old) if d.size != 1]
@@ -366,8 +366,10 @@ _RULES: dict[str, Callable[[Any, Sequence[Operand]], Moved | None]] = {
     "expand_dims": _expand_dims,
     "gather": _indexing.gather,
     "debug_callback": _free,
+    "debug_print": _free,
     "iota": _free,
     "pad": _pad,
+    "platform_index": _free,
     "ragged_dot_general": _ragged,
     "random_bits": _random,
     **dict.fromkeys(

@@ -245,6 +245,7 @@ def read(
 ) -> Traced:
     """Dimensions of everything in `fn(params, *args)`; nothing is frozen by its place."""
     closed, shape = jax.make_jaxpr(fn, return_shape=True)(params, *args)
+    _check_sizes(closed.jaxpr.invars)
     paths, inputs = _tree.paths(params), _tree.paths(args)
     dims = [_dims.fresh(v.aval.shape) for v in closed.jaxpr.invars]
     operands = [Operand(d, i >= len(paths)) for i, d in enumerate(dims)]
@@ -259,6 +260,15 @@ def read(
         jax.tree.structure(shape),
         propagation.unknown,
     )
+
+
+def _check_sizes(values: Iterable[Any]) -> None:
+    for v in values:
+        if not all(isinstance(n, int) for n in v.aval.shape):
+            raise ValueError(
+                f"args: got an array of the shape {v.aval.shape}; expected numbers. A function "
+                "is read at sizes that are known: export it once for each of them."
+            )
 
 
 def _fixed(traced: Traced, which: bool | Patterns) -> list[Operand]:
@@ -373,6 +383,10 @@ def _expression(d: Dim, leaf: Dim, name: str) -> str:
 
 def _tie(axes: Sequence[tuple[str, int, Dim]], pair: tuple[str, str]) -> None:
     known: dict[str, Dim] = {}
+    if isinstance(pair, str) or len(pair) != 2:
+        raise ValueError(
+            f"tie: got {pair!r}; expected pairs of names, such as [('q:1', 'v:1')]."
+        )
     for path, axis, d in axes:
         parts = _dims.leaves(d)
         known[f"{path}:{axis}"] = d

@@ -63,6 +63,25 @@ def test_jit_grad_vmap_and_scan(half):
     close(hessian, jax.hessian(lambda x: fn(plan.mask(P), x[None]).sum())(X[0]), 1e-4)
 
 
+def test_a_function_is_read_anew_where_its_precision_is_another(half):
+    fn = two_layers(jnp.tanh)
+    plan = half(structured.trace(fn, P, X))
+    small, small_fn = plan.shrink(P), plan.rewrite(fn)
+    with jax.default_matmul_precision("highest"):
+        assert "HIGHEST" in str(jax.make_jaxpr(small_fn)(small, X))
+    assert "HIGHEST" not in str(jax.make_jaxpr(small_fn)(small, X))
+
+
+def test_sizes_without_a_number_are_refused(half):
+    fn = two_layers(jnp.tanh)
+    plan = half(structured.trace(fn, P, X))
+    shape = jax.export.symbolic_shape("b, 4")
+    with pytest.raises(ValueError, match="export it once for each"):
+        jax.eval_shape(
+            plan.rewrite(fn), plan.shrink(P), jax.ShapeDtypeStruct(shape, float)
+        )
+
+
 def test_another_function_of_the_same_parameters(half):
     fn = two_layers(jnp.tanh)
     plan = half(structured.trace(fn, P, X))

@@ -93,6 +93,19 @@ def test_ties_couple_groups_that_the_function_does_not():
         structured.trace(fn, P, X, tie=[("a:0", "b:1")])
 
 
+def test_what_depends_on_the_platform_and_prints():
+    def fn(p, x):
+        h = jax.lax.platform_dependent(x @ p["a"], cpu=jnp.tanh, default=jnp.sin)
+        jax.debug.print("{}", h.sum())
+        return jax.lax.reshape(h, (8, 5), dimensions=(1, 0)).T @ p["b"]
+
+    p = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 3))}
+    graph = structured.trace(fn, p, jnp.ones((5, 4)))
+    assert graph["b:0"].size == 8 and not graph.unknown
+    plan = structured.planned(graph, {"b:0": [1, 2]})
+    assert plan.verify(fn, p, jnp.ones((5, 4))).equal
+
+
 def test_patterns_that_match_nothing_are_refused():
     with pytest.raises(ValueError, match="ignore: the pattern 'z' matches no leaf"):
         structured.trace(fn, P, X, ignore="z")
