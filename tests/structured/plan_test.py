@@ -212,36 +212,6 @@ def test_training_goes_on_as_that_of_the_masked_model(name):
     jax.tree.map(lambda a, b: close(a, b, 1e-4), plan.shrink(masked), small)
 
 
-@pytest.mark.parametrize(("double", "tolerance"), [(True, 1e-6), (False, 1e-3)])
-def test_a_hundred_steps_follow_those_of_the_masked_model(double, tolerance):
-    plan, optimizer = structured.plan(GRAPH, SCORES, ratio=0.5), optax.adamw(1e-2)
-    with jax.enable_x64(double):
-        p, x = jax.tree.map(lambda a: jnp.asarray(a, float), (P, X))
-        y = jnp.sin(x @ jnp.ones((4, 3)))
-
-        def losses(fn, p, state, cut):
-            @jax.jit
-            def step(p, state):
-                loss, grads = jax.value_and_grad(
-                    lambda p: jnp.mean((fn(p, x) - y) ** 2)
-                )(p)
-                updates, state = optimizer.update(cut(grads), state, p)
-                return loss, cut(optax.apply_updates(p, updates)), state
-
-            found = []
-            for _ in range(100):
-                loss, p, state = step(p, state)
-                found.append(float(loss))
-            return np.array(found), p, state
-
-        _, p, state = losses(mlp, p, optimizer.init(p), lambda t: t)
-        small = plan.shrink(p), plan.shrink_state(state, p)
-        masked, *_ = losses(mlp, plan.mask(p), state, plan.mask)
-        shrunk, *_ = losses(plan.rewrite(mlp), *small, lambda t: t)
-        assert masked[-1] < masked[0]
-        np.testing.assert_allclose(shrunk, masked, rtol=tolerance)
-
-
 def test_factored_moments_lose_what_their_axes_lose():
     p = {"w": jnp.ones((256, 200)), "v": jnp.ones((200, 2))}
 
