@@ -16,7 +16,7 @@ def cut(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
     """What is kept of an array, or the shape of it.
 
     An axis that is sharded stays so, if the mesh divides its new size, and is whole on each
-    device otherwise.
+    device otherwise. An array of NumPy stays on the host.
 
     Args:
       x: an array, a number, or a `jax.ShapeDtypeStruct`.
@@ -27,6 +27,10 @@ def cut(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         shape = cut_shape(x.shape, axes)
         return jax.ShapeDtypeStruct(shape, x.dtype, sharding=_fitted(x.sharding, shape))
+    if isinstance(x, np.ndarray):
+        for axis, places in axes.items():
+            x = np.take(x, places, axis=axis)
+        return x
     sharding = getattr(x, "sharding", None)
     if isinstance(x, core.Tracer) or not isinstance(sharding, NamedSharding):
         return _take(jnp.asarray(x), tuple(axes), tuple(axes.values()))

@@ -258,6 +258,13 @@ def test_packed_masks_in_a_state():
     )
 
 
+def test_parameters_on_the_host_stay_there():
+    host, plan = jax.tree.map(np.asarray, P), structured.plan(GRAPH, SCORES, ratio=0.5)
+    small = plan.shrink(host)
+    assert all(isinstance(x, np.ndarray) for x in small.values())
+    jax.tree.map(np.testing.assert_array_equal, small, plan.shrink(P))
+
+
 def test_abstract_parameters_are_enough():
     shapes = jax.eval_shape(lambda: P)
     graph = structured.trace(mlp, shapes, jax.ShapeDtypeStruct(X.shape, X.dtype))
