@@ -9,6 +9,9 @@ from ._choose import Target as Target
 from ._choose import plan as plan
 from ._choose import planned as planned
 from ._costs import Cost as Cost
+from ._linen import linen_apply as linen_apply
+from ._module import Patch as Patch
+from ._nnx import nnx_module as nnx_module
 from ._plan import Choice as Choice
 from ._plan import Plan as Plan
 from ._propagate import Rule as Rule

@@ -61,8 +61,9 @@ def plan(
         same shapes (Fang et al., arXiv 2407.04616).
       kinds: of groups to prune, one or several. By default all but `"layer"`, whole
         steps of a scan, and `"row"`, entries of a table such as a vocabulary.
-      overrides: `{pattern: ratio}` for groups whose name, or a member's path, matches; the
-        last match wins, and 0 keeps all. These ratios hold whatever `ratio` or `target`.
+      overrides: `{pattern: ratio}` for groups whose name matches or, where no name does,
+        a member's path; the last match wins, and 0 keeps all. These ratios hold whatever
+        `ratio`, `target` or `kinds`.
       round_to: the number kept is a multiple of this, the nearest one, or all.
       min_keep: the least number kept in a group.
       max_ratio: the largest share removed of a group.
@@ -272,11 +273,10 @@ def _overrides(graph: Graph, overrides: Mapping[str, float]) -> dict[str, float]
             raise ValueError(
                 f"overrides: got {share!r} for {pattern!r}; expected a share in [0, 1)."
             )
-        names = [
+        names = fnmatch.filter([g.name for g in graph.groups], pattern) or [
             g.name
             for g in graph.groups
-            if fnmatch.fnmatchcase(g.name, pattern)
-            or any(fnmatch.fnmatchcase(m.path, pattern) for m in g.members)
+            if any(fnmatch.fnmatchcase(m.path, pattern) for m in g.members)
         ]
         if not names:
             groups = _tree.listing([g.name for g in graph.groups])

@@ -56,7 +56,7 @@ def verified(
     got = _tree.flatten(small)[1]
     outs = iter(traced.program.outs)
     errors = {
-        p: _error(kept.cut(x, next(outs).dims), y)
+        p: difference(kept.cut(x, next(outs).dims), y)
         for p, x, y in zip(paths, wanted, got, strict=True)
         if not _tree.is_hole(x)
     }
@@ -74,7 +74,8 @@ def verified(
     return Verification(equal, errors, () if equal else tuple(reasons))
 
 
-def _error(expected: Any, found: Any) -> float:
+def difference(expected: Any, found: Any) -> float:
+    """The largest one, relative to the largest value; infinite where shapes differ."""
     if jnp.shape(expected) != jnp.shape(found):
         return float("inf")
     if not jnp.issubdtype(jnp.asarray(expected).dtype, jnp.number):

@@ -152,6 +152,8 @@ def test_rounding_least_and_largest_shares_and_overrides():
     assert kept(ratio=0.9, max_ratio=0.5) == [8, 6]
     assert kept(ratio=0.5, overrides={"c": 0.0}) == [8, 12]
     assert kept(ratio=0.0, overrides={"a:1": 0.75}) == [4, 12]
+    assert kept(ratio=0.0, overrides={"b*": 0.75}) == [16, 3]  # a:1 has b too
+    assert kept(ratio=0.0, overrides={"b": 0.75}) == [4, 3]
     assert kept(ratio=0.5, kinds="neuron") == [8, 6]
     assert kept(ratio=0.5, kinds="channel", overrides={"c": 0.5}) == [16, 6]
 
