@@ -1,20 +1,21 @@
 """A module of Flax linen that is applied to shrunk variables."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
-
-from flax import linen as nn
-from flax.core import meta
+from typing import TYPE_CHECKING, Any
 
 from jaxprune._tree import PyTree
 from jaxprune.structured import _module
 from jaxprune.structured._module import Patch
 from jaxprune.structured._plan import Plan
 
+if TYPE_CHECKING:
+    from flax import linen as nn
+
 
 def linen_apply(
     plan: Plan,
-    module: nn.Module,
+    module: "nn.Module",
     variables: PyTree,
     *args: Any,
     tolerance: float = 1e-4,
@@ -59,6 +60,8 @@ def linen_apply(
       >>> print(patch)
       layers_0: features 16 -> 6
     """
+    from flax import linen as nn
+
     changes: dict[str, dict[str, tuple[Any, Any]]] = {}
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -88,26 +91,32 @@ def linen_apply(
     return apply, Patch(dict(changes))
 
 
-def _sized(layer: nn.Module) -> list[nn.Module]:
+def _sized(layer: "nn.Module") -> list["nn.Module"]:
     """The layer; and the cell of an RNN, which makes its carry where nothing is seen."""
+    from flax import linen as nn
+
     return [layer, layer.cell] if isinstance(layer, nn.RNN) else [layer]
 
 
-def _set(found: Sequence[tuple[nn.Module, dict[str, tuple[Any, Any]]]], i: int) -> None:
+def _set(
+    found: Sequence[tuple["nn.Module", dict[str, tuple[Any, Any]]]], i: int
+) -> None:
     """Sets attributes to the old or the new value."""
     for layer, values in found:
         for name, x in values.items():
             object.__setattr__(layer, name, x[i])  # modules of linen are frozen
 
 
-def _attributes(plan: Plan, layer: nn.Module) -> dict[str, Any]:
+def _attributes(plan: Plan, layer: "nn.Module") -> dict[str, Any]:
     """Attributes that say sizes, as the variables of the layer have them.
 
     Axes are counted from the end, since layers may be stacked.
     """
+    from flax.core import meta
+
     if layer.scope is None:
         return {}
-    for kind, read in _READ:
+    for kind, read in _readers():
         if isinstance(layer, kind):
             params = layer.scope.variables().get("params", {})
             return read(plan, layer, meta.unbox(params)) if params else {}
@@ -173,10 +182,14 @@ def _cell(plan: Plan, layer: Any, params: Any) -> dict[str, Any]:
     return {"features": params[own]["kernel"].shape[-2]}
 
 
-_READ = (
-    ((nn.Dense, nn.DenseGeneral), _dense), (nn.Einsum, _einsum),
-    ((nn.Conv, nn.ConvLocal), _conv), (nn.ConvTranspose, _conv_transpose),
-    (nn.Embed, _embed), (nn.GroupNorm, _group_norm),
-    (nn.MultiHeadDotProductAttention, _attention),
-    ((nn.LSTMCell, nn.OptimizedLSTMCell, nn.GRUCell, nn.MGUCell, nn.SimpleCell), _cell),
-)  # fmt: skip
+@functools.cache
+def _readers() -> Sequence[tuple[Any, Callable[..., dict[str, Any]]]]:
+    from flax import linen as nn
+
+    return (
+        ((nn.Dense, nn.DenseGeneral), _dense), (nn.Einsum, _einsum),
+        ((nn.Conv, nn.ConvLocal), _conv), (nn.ConvTranspose, _conv_transpose),
+        (nn.Embed, _embed), (nn.GroupNorm, _group_norm),
+        (nn.MultiHeadDotProductAttention, _attention),
+        ((nn.LSTMCell, nn.OptimizedLSTMCell, nn.GRUCell, nn.MGUCell, nn.SimpleCell), _cell),
+    )  # fmt: skip

@@ -1,9 +1,8 @@
 """A model of Flax NNX at the sizes of a plan, with the attributes that say them."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
-from flax import nnx
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from jaxprune import _tree
 from jaxprune._tree import PyTree
@@ -11,14 +10,17 @@ from jaxprune.structured import _module, _state
 from jaxprune.structured._module import Patch
 from jaxprune.structured._plan import Plan
 
+if TYPE_CHECKING:
+    from flax import nnx
+
 
 def nnx_module(
     plan: Plan,
-    model: nnx.Module,
+    model: "nnx.Module",
     *args: Any,
     call: Callable[..., Any] | None = None,
     tolerance: float = 1e-4,
-) -> tuple[nnx.Module, Patch]:
+) -> tuple["nnx.Module", Patch]:
     """A copy of an NNX model with the units that the plan keeps.
 
     Its variables are shrunk, and attributes that say sizes are set: features of linear
@@ -58,6 +60,8 @@ def nnx_module(
       layers/0: out_features 16 -> 6
       layers/2: in_features 16 -> 6
     """
+    from flax import nnx
+
     run = call or (lambda model, *args: model(*args))
     graphdef, state = nnx.split(model)
     small = nnx.merge(graphdef, _shrunk(plan, state))
@@ -111,7 +115,7 @@ def _attributes(plan: Plan, path: str, module: Any) -> dict[str, Any]:
 
     Axes are counted from the end, since layers may be stacked.
     """
-    for kind, read in _READ:
+    for kind, read in _readers():
         if isinstance(module, kind):
             return read(plan, path, module)
     return {}
@@ -201,11 +205,15 @@ def _cell(plan: Plan, path: str, module: Any) -> dict[str, Any]:
     }
 
 
-_READ = (
-    (nnx.Linear, _linear), (nnx.LoRA, _lora), (nnx.LinearGeneral, _linear_general),
-    (nnx.Einsum, _einsum), (nnx.Conv, _conv), (nnx.ConvTranspose, _conv_transpose),
-    (nnx.Embed, _embed), (nnx.GroupNorm, _group_norm),
-    ((nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.InstanceNorm), _norm),
-    (nnx.MultiHeadAttention, _attention),
-    ((nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.GRUCell, nnx.SimpleCell), _cell),
-)  # fmt: skip
+@functools.cache
+def _readers() -> Sequence[tuple[Any, Callable[..., dict[str, Any]]]]:
+    from flax import nnx
+
+    return (
+        (nnx.Linear, _linear), (nnx.LoRA, _lora), (nnx.LinearGeneral, _linear_general),
+        (nnx.Einsum, _einsum), (nnx.Conv, _conv), (nnx.ConvTranspose, _conv_transpose),
+        (nnx.Embed, _embed), (nnx.GroupNorm, _group_norm),
+        ((nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.InstanceNorm), _norm),
+        (nnx.MultiHeadAttention, _attention),
+        ((nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.GRUCell, nnx.SimpleCell), _cell),
+    )  # fmt: skip
