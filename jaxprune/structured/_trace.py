@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxprune import _tree
 from jaxprune._tree import PyTree
-from jaxprune.structured import _dims, _kinds, _values, _zeros
+from jaxprune.structured import _dims, _kinds, _picture, _values, _zeros
 from jaxprune.structured._dims import Dim
 from jaxprune.structured._kinds import Kind
 from jaxprune.structured._propagate import Program, Propagation, Rule
@@ -130,6 +130,29 @@ class Graph:
             else ""
         )
         raise KeyError(f"no group is called {name!r}.{why} The groups are: {names}.")
+
+    def plot(self, plan: Any = None, *, where: Patterns = "*", ax: Any = None) -> Any:
+        """Draws where the units of each group lie; needs matplotlib.
+
+        A row is a leaf, a strip one of its axes, and a colour a group; odd units are a
+        little lighter. Where several groups make up an axis, as heads and their width do,
+        the strip has a layer for each.
+
+        Args:
+          plan: of this graph, if any: places that it removes are white.
+          where: glob patterns of the leaves to draw.
+          ax: axes of matplotlib; without them there is a new figure.
+
+        Returns:
+          The axes.
+
+        Raises:
+          ValueError: if a pattern matches no leaf.
+        """
+        paths = [p for p, shape in self.shapes.items() if shape]
+        _check_patterns("where", where, paths)
+        paths = [p for p in paths if _matches(p, where)]
+        return _picture.draw(self, paths, plan, ax)
 
     def __str__(self) -> str:
         rows = [("group", "kind", "units", "axes", "notes")]

@@ -185,6 +185,40 @@ def test_a_thousand_pieces_are_no_chain(name):
     assert [g.size for g in graph.groups] == ([6] if name == "of inputs" else [])
 
 
+def test_a_picture_shows_units_and_what_is_removed():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("Agg")
+
+    def fn(p, x):
+        h = (x @ p["a"]).reshape(5, 3, 2)
+        return jnp.tanh(h).reshape(5, 6) @ p["b"]
+
+    p = {"a": jnp.ones((4, 6)), "b": jnp.ones((6, 2)), "s": jnp.ones(())}
+    graph = structured.trace(fn, p, jnp.ones((5, 4)))
+    assert [g.size for g in graph.groups] == [3, 2]
+    plan = structured.planned(graph, {graph.groups[0].name: [0, 2]})
+    ax = graph.plot(plan)
+    (image,) = ax.images
+    labels = [t.get_text() for t in ax.get_legend().get_texts()]
+    assert labels == [
+        f"{graph.groups[0].name} ({graph.groups[0].kind}, 2 of 3)",
+        f"{graph.groups[1].name} ({graph.groups[1].kind}, 2 of 2)",
+        "stays whole",
+    ]
+    row = image.get_array()[8]  # of "a", in the layer of the first group
+    assert (row[:120] == row[0]).all()  # frozen
+    second = row[132:252].reshape(6, 20, 3)[:, 10]  # a place every 20 pixels
+    white = (second == 1).all(-1)
+    assert white.tolist() == [False, False, True, True, False, False]
+    assert (second[0] == second[1]).all() and (second[0] != row[0]).any()
+    lower = image.get_array()[16][132:252].reshape(6, 20, 3)[:, 10]
+    assert (lower[0] != lower[1]).any() and (lower[0] == lower[4]).all()
+    assert len(graph.plot(where="b").get_yticklabels()) == 1
+    with pytest.raises(ValueError, match="where: the pattern 'z' matches no leaf"):
+        graph.plot(where="z")
+    pyplot.close("all")
+
+
 def test_leaves_of_one_path_are_refused():
     p = {"x/a": jnp.ones((4, 8)), "x": {"a": jnp.ones((8, 3))}}
     with pytest.raises(ValueError, match="several leaves have the path x/a"):
