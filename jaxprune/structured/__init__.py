@@ -9,6 +9,9 @@ from ._choose import Target as Target
 from ._choose import plan as plan
 from ._choose import planned as planned
 from ._costs import Cost as Cost
+from ._costs import Roofline as Roofline
+from ._latency import measured as measured
+from ._latency import predicted as predicted
 from ._linen import linen_apply as linen_apply
 from ._module import Patch as Patch
 from ._nnx import nnx_module as nnx_module

@@ -1,6 +1,7 @@
 """Chooses how many units of each group stay, and which."""
 
 import fnmatch
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -8,28 +9,36 @@ import numpy as np
 
 from jaxprune import _tree
 from jaxprune.structured import _kinds, _state
-from jaxprune.structured._costs import Cost, Counter
+from jaxprune.structured._costs import Counter
 from jaxprune.structured._kept import Kept
 from jaxprune.structured._kinds import Kind
+from jaxprune.structured._latency import Clock
 from jaxprune.structured._plan import Choice, Plan
 from jaxprune.structured._trace import INPUT, Graph, Group
 
 Scope = Literal["local", "global", "isomorphic"]
-_STEPS = 40
+_STEPS, _TIMED = 40, 10  # of bisection: by counting, and with a clock
 
 
 class Target(NamedTuple):
-    """Shares of the full cost that may remain, each above 0 and at most 1.
+    """Shares of the full cost that may remain, each above 0 and at most 1; all are met.
 
     Attributes:
       parameters: share of the parameters.
       bytes: share of their bytes.
       flops: share of the operations in products.
+      latency: share of the seconds that `clock` gives without pruning.
+      seconds: seconds by `clock`, whatever they are without pruning.
+      clock: seconds of a plan, such as `structured.predicted` of a device or
+        `structured.measured` of the function; any function of plans will do.
     """
 
     parameters: float | None = None
     bytes: float | None = None
     flops: float | None = None
+    latency: float | None = None
+    seconds: float | None = None
+    clock: Clock | None = None
 
 
 def plan(
@@ -55,7 +64,8 @@ def plan(
       ratio: share of units to remove. The share of parameters that goes is larger where
         both sides of a matrix lose units, 1 - (1 - ratio)².
       target: instead of a ratio, what may remain; the smallest ratio that meets it is
-        found by bisection.
+        found by bisection, with a clock to a thousandth. Clocks that measure are noisy, and
+        a smaller model may be slower: what is found has met the target when it was timed.
       scope: `"local"` removes the ratio from each group; `"global"` ranks units of all
         groups together; `"isomorphic"` those of groups of one kind whose members have the
         same shapes (Fang et al., arXiv 2407.04616).
@@ -115,15 +125,16 @@ def plan(
         shares |= {g.name: fixed[g.name] for g in graph.groups if g.name in fixed}
         return {g.name: count(g, shares.get(g.name, 0.0)) for g in graph.groups}
 
-    counter = Counter(graph)
-    share = _bisect(counter, counts, target) if target else ratio or 0.0
-    sizes = counts(share)
-    kept = {
-        name: _best(scored, sizes[name])
-        for name, scored in found.items()
-        if sizes[name] < len(scored)
-    }
-    return planned(graph, kept)
+    def choose(sizes: Mapping[str, int]) -> Plan:
+        kept = {
+            name: _best(scored, sizes[name])
+            for name, scored in found.items()
+            if sizes.get(name, len(scored)) < len(scored)
+        }
+        return planned(graph, kept)
+
+    share = _bisect(graph, counts, choose, target) if target else ratio or 0.0
+    return choose(counts(share))
 
 
 def planned(graph: Graph, kept: Mapping[str, Any]) -> Plan:
@@ -231,14 +242,8 @@ def _check(ratio, target, scope, round_to, min_keep, max_ratio, kinds) -> None:
         raise ValueError(
             f"ratio: got {ratio!r}; expected a share in [0, 1), such as 0.5."
         )
-    if target is not None and (
-        not any(x is not None for x in target)
-        or not all(x is None or 0 < x <= 1 for x in target)
-    ):
-        raise ValueError(
-            f"target: got {target!r}; expected shares in (0, 1] that may remain, at least "
-            "one of parameters, bytes and flops."
-        )
+    if target is not None:
+        _check_target(target)
     if scope not in get_args(Scope):
         raise ValueError(f"scope: got {scope!r}; expected one of {get_args(Scope)}.")
     if round_to < 1 or min_keep < 1:
@@ -250,6 +255,24 @@ def _check(ratio, target, scope, round_to, min_keep, max_ratio, kinds) -> None:
     unknown = [k for k in kinds or () if k not in _kinds.KINDS]
     if unknown:
         raise ValueError(f"kinds: got {unknown}; expected some of {_kinds.KINDS}.")
+
+
+def _check_target(target: Target) -> None:
+    *shares, seconds, clock = target
+    known = [x for x in shares if x is not None]
+    if not all(0 < x <= 1 for x in known) or not (known or seconds is not None):
+        raise ValueError(
+            f"target: got {target!r}; expected shares in (0, 1] that may remain, at least "
+            "one of parameters, bytes, flops and latency; or seconds."
+        )
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"target: got seconds={seconds!r}; expected more than 0.")
+    if (clock is None) != (target.latency is None and seconds is None):
+        raise ValueError(
+            f"target: got {target!r}; a latency or seconds need a clock, and a clock needs "
+            "one of them. Pass clock=structured.predicted(graph, roofline), or "
+            "structured.measured(fn, params, *args)."
+        )
 
 
 def _refuse_nothing(graph: Graph, wanted: set[Kind]) -> None:
@@ -352,34 +375,47 @@ def _class(group: Group) -> object:
 
 
 def _bisect(
-    counter: Counter, counts: Callable[[float], dict[str, int]], target: Target
+    graph: Graph,
+    counts: Callable[[float], dict[str, int]],
+    choose: Callable[[Mapping[str, int]], Plan],
+    target: Target,
 ) -> float:
     """The smallest share removed that meets the target."""
-    dense = counter({})
+    counter, clock = Counter(graph), target.clock
+    limits = target._asdict()
+    del limits["clock"]
+
+    def costs(sizes: dict[str, int]) -> dict[str, float]:
+        found = counter(sizes)._asdict()
+        if clock is not None:
+            found["latency"] = found["seconds"] = clock(choose(sizes))
+        return found
+
+    dense = costs({}) | {"seconds": 1.0}
+
+    @functools.cache
+    def shares(sizes: tuple[tuple[str, int], ...]) -> dict[str, float]:
+        found = costs(dict(sizes))
+        return {
+            name: found[name] / (dense[name] or 1)
+            for name, x in limits.items()
+            if x is not None
+        }
 
     def meets(share: float) -> bool:
-        cost = counter(counts(share))
-        return all(
-            x is None or getattr(cost, name) <= x * getattr(dense, name)
-            for name, x in zip(Target._fields, target, strict=True)
-        )
+        found = shares(tuple(counts(share).items()))
+        return all(x <= limits[name] for name, x in found.items())
 
     low, high = 0.0, 1.0
     if meets(low):
         return low
     if not meets(high):
-        rest = Cost(*counter(counts(high)))
-        left = {
-            name: getattr(rest, name) / max(getattr(dense, name), 1)
-            for name, x in zip(Target._fields, target, strict=True)
-            if x is not None
-        }
         raise ValueError(
             f"target: got {target}; with all units removed that may go, these shares remain: "
-            f"{left}. Ask for more than that, or allow more: kinds=, max_ratio=, min_keep=, "
-            "round_to=, ignore= of the trace."
+            f"{shares(tuple(counts(high).items()))}. Ask for more than that, or allow more: "
+            "kinds=, max_ratio=, min_keep=, round_to=, ignore= of the trace."
         )
-    for _ in range(_STEPS):
+    for _ in range(_STEPS if clock is None else _TIMED):
         middle = (low + high) / 2
         low, high = (low, middle) if meets(middle) else (middle, high)
     return high
