@@ -15,6 +15,7 @@ from ._latency import predicted as predicted
 from ._linen import linen_apply as linen_apply
 from ._module import Patch as Patch
 from ._nnx import nnx_module as nnx_module
+from ._plan import Apart as Apart
 from ._plan import Choice as Choice
 from ._plan import Plan as Plan
 from ._propagate import Rule as Rule

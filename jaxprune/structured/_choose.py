@@ -8,13 +8,15 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from jaxprune import _tree
-from jaxprune.structured import _kinds, _state
+from jaxprune.structured import _dims, _kinds, _local, _state
 from jaxprune.structured._costs import Counter
+from jaxprune.structured._dims import Dim
 from jaxprune.structured._kept import Kept
 from jaxprune.structured._kinds import Kind
 from jaxprune.structured._latency import Clock
-from jaxprune.structured._plan import Choice, Plan
-from jaxprune.structured._trace import INPUT, Graph, Group
+from jaxprune.structured._plan import Apart, Choice, Plan
+from jaxprune.structured._trace import INPUT, Graph, Group, Member
+from jaxprune.structured._values import Dims
 
 Scope = Literal["local", "global", "isomorphic"]
 _STEPS, _TIMED = 40, 10  # of bisection: by counting, and with a clock
@@ -60,7 +62,8 @@ def plan(
     Args:
       graph: of `trace`.
       scores: `{group name: scores [units]}`, as `score_groups` gives; ties go to the
-        lower number, and NaN loses.
+        lower number, and NaN loses. With scores [*owners, units], those of `apart=True`,
+        each layer or head keeps its own best units, as many as the others.
       ratio: share of units to remove. The share of parameters that goes is larger where
         both sides of a matrix lose units, 1 - (1 - ratio)².
       target: instead of a ratio, what may remain; the smallest ratio that meets it is
@@ -129,7 +132,7 @@ def plan(
         kept = {
             name: _best(scored, sizes[name])
             for name, scored in found.items()
-            if sizes.get(name, len(scored)) < len(scored)
+            if sizes.get(name, scored.shape[-1]) < scored.shape[-1]
         }
         return planned(graph, kept)
 
@@ -143,7 +146,9 @@ def planned(graph: Graph, kept: Mapping[str, Any]) -> Plan:
     Args:
       graph: of `trace`.
       kept: `{group: numbers of units}`, sorted or not, or a boolean for each unit, by
-        names that `graph[name]` knows; groups that are not named keep all.
+        names that `graph[name]` knows; groups that are not named keep all. Where
+        `graph.within(name)` names other groups, numbers may be [*owners, kept], as many for
+        each layer or head but other ones.
 
     Raises:
       ValueError: if a group is not known or named twice, units are no whole numbers or out
@@ -159,30 +164,48 @@ def planned(graph: Graph, kept: Mapping[str, Any]) -> Plan:
       (3, 3)
     """
     found = _chosen(graph, kept)
-    choices = {}
-    units = {}
+    some = any(x.ndim > 1 for x in found.values())
+    owners = graph._owners() if some else {}
+    choices: dict[str, Choice] = {}
+    units: dict[Dim, np.ndarray] = {}
+    tables: _local.Tables = {}
     for g in graph.groups:
         chosen = found.get(g.name, np.arange(g.size))
         choices[g.name] = Choice(g.kind, g.size, chosen, g.notes)
-        if len(chosen) < g.size:
+        if chosen.shape[-1] < g.size:
+            leaf = g.members[0]._leaf
             mask = np.zeros(g.size, bool)
-            mask[chosen] = True
-            units[g.members[0]._leaf] = mask
-    places = Kept(units)
+            if chosen.ndim > 1:  # the function runs as if the first of them were kept
+                tables[leaf] = owners[leaf], chosen
+                mask[: chosen.shape[-1]] = True
+            else:
+                mask[chosen] = True
+            units[leaf] = mask
+    places, traced = Kept(units), graph._traced
+    dims = dict(zip(traced.paths, traced.dims, strict=True))
+    dims |= {
+        f"{INPUT}{p}": d for p, d in zip(traced.input_paths, traced.inputs, strict=True)
+    }
     cuts: _state.Cuts = {}
     input_cuts: _state.Cuts = {}
+    same: _state.Cuts = {}
     for g in graph.groups:
         for m in g.members:
             if not places.changed(m._dim):
                 continue
             of_input = m.path.startswith(INPUT)
             table = input_cuts if of_input else cuts
-            axes = table.setdefault(
-                m.path.removeprefix(INPUT) if of_input else m.path, {}
-            )
+            path = m.path.removeprefix(INPUT) if of_input else m.path
+            axes = table.setdefault(path, {})
             axes[m.axis] = places.places(m._dim)
-    traced, counter = graph._traced, Counter(graph)
-    sizes = {name: len(c.kept) for name, c in choices.items()}
+            if tables.keys() & set(_dims.leaves(m._dim)):
+                if not of_input:
+                    same.setdefault(path, {})[m.axis] = axes[m.axis]
+                axes[m.axis] = _local.places(
+                    dims[m.path], m.axis, places.places(m._dim), tables
+                )
+    counter = Counter(graph)
+    sizes = {name: c.left for name, c in choices.items()}
     return Plan(
         groups=choices,
         shapes=dict(graph.shapes),
@@ -195,7 +218,23 @@ def planned(graph: Graph, kept: Mapping[str, Any]) -> Plan:
         input_cuts=input_cuts,
         before=counter({}),
         after=counter(sizes),
+        apart={
+            g.name: tuple(
+                _apart(m, dims[m.path], tables[m._leaf][0]) for m in g.members
+            )
+            for g in graph.groups
+            if g.members[0]._leaf in tables
+        },
+        same=same,
     )
+
+
+def _apart(member: Member, dims: Dims, owners: Sequence[Dim]) -> Apart:
+    """Where the units of a member and of its owners lie."""
+    leaves = [member._leaf, *owners]
+    axes = [member.axis, *(_local.axis_of(dims, member.axis, h) for h in owners)]
+    units = [_dims.units(dims[i], x) for i, x in zip(axes, leaves, strict=True)]
+    return Apart(member.path, tuple(axes), tuple(units))
 
 
 def _chosen(graph: Graph, kept: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -206,8 +245,9 @@ def _chosen(graph: Graph, kept: Mapping[str, Any]) -> dict[str, np.ndarray]:
             g = graph[name]
         except KeyError as error:
             raise ValueError(f"kept: {error.args[0]}") from None
-        chosen = np.unique(_numbers(g, units))
-        if len(chosen) < g.minimum or chosen[0] < 0 or chosen[-1] >= g.size:
+        chosen = _numbers(graph, g, units)
+        few = chosen.shape[-1] < g.minimum or not chosen.size
+        if few or chosen.min() < 0 or chosen.max() >= g.size:
             raise ValueError(
                 f"kept: got {chosen.tolist()} for {g.name}; expected at least {g.minimum} "
                 f"numbers from 0 to {g.size - 1}."
@@ -220,16 +260,27 @@ def _chosen(graph: Graph, kept: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return found
 
 
-def _numbers(group: Group, units: Any) -> np.ndarray:
+def _numbers(graph: Graph, group: Group, units: Any) -> np.ndarray:
+    """Sorted, [kept] or [*owners, kept]."""
     x = np.asarray(units)
     if x.dtype == bool and x.shape == (group.size,):
         return np.flatnonzero(x)
-    if x.ndim != 1 or (x.size and not np.issubdtype(x.dtype, np.integer)):
+    whole = np.issubdtype(x.dtype, np.integer) or not x.size
+    if whole and x.ndim == 1:
+        return np.unique(x.astype(int))
+    within = graph.within(group.name)
+    sizes = tuple(graph[h].size for h in within)
+    chosen = np.sort(x.astype(int), -1) if whole else x
+    if not whole or x.shape[:-1] != sizes or (np.diff(chosen) == 0).any():
+        apart = (
+            f"; or, for each unit of {', '.join(within)}, as many different numbers, of the "
+            f"shape {(*sizes, 'kept')}" if within else ""
+        )  # fmt: skip
         raise ValueError(
             f"kept: got an array of {x.dtype} and shape {x.shape} for {group.name}; expected "
-            f"a list of whole numbers, or {group.size} booleans, True for what is kept."
+            f"a list of whole numbers, or {group.size} booleans, True for what is kept{apart}."
         )
-    return x.astype(int)
+    return chosen
 
 
 def _check(ratio, target, scope, round_to, min_keep, max_ratio, kinds) -> None:
@@ -324,7 +375,7 @@ def _scores(group: Group, scores: Mapping[str, np.ndarray]) -> np.ndarray:
             "same graph, or leave the group out with kinds= or overrides=."
         )
     x = np.asarray(scores[group.name], np.float64)
-    if x.shape != (group.size,):
+    if x.ndim == 0 or x.shape[-1] != group.size:
         raise ValueError(
             f"scores: {group.name} has {group.size} units, and scores of the shape {x.shape}. "
             "Pass a score for each unit."
@@ -333,7 +384,7 @@ def _scores(group: Group, scores: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _best(scores: np.ndarray, n: int) -> np.ndarray:
-    return np.sort(np.argsort(-scores, kind="stable")[:n])
+    return np.sort(np.argsort(-scores, kind="stable")[..., :n])
 
 
 def _shares(
@@ -362,6 +413,9 @@ def _shares(
 
 
 def _ranked(scores: np.ndarray, normalize: bool) -> np.ndarray:
+    """Of each unit; with several rows, what the units of one rank have in the mean."""
+    if scores.ndim > 1:
+        scores = np.sort(scores).reshape(-1, scores.shape[-1]).mean(0)
     mean = np.mean(scores[np.isfinite(scores)]) if np.isfinite(scores).any() else 0.0
     return scores / mean if normalize and mean > 0 else scores
 

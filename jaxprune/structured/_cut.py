@@ -20,16 +20,19 @@ def cut(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
 
     Args:
       x: an array, a number, or a `jax.ShapeDtypeStruct`.
-      axes: the places that are kept, by axis.
+      axes: the places that are kept, by axis: [kept], or of the rank of the array, where
+        other places are kept at each place of other axes.
     """
     if not axes:
         return x
     if isinstance(x, jax.ShapeDtypeStruct):
         shape = cut_shape(x.shape, axes)
         return jax.ShapeDtypeStruct(shape, x.dtype, sharding=_fitted(x.sharding, shape))
+    axes = dict(sorted(axes.items(), key=lambda a: -_owners(a[1])))
     if isinstance(x, np.ndarray):
-        for axis, places in axes.items():
-            x = np.take(x, places, axis=axis)
+        for axis, at in axes.items():
+            one = at.ndim == 1
+            x = np.take(x, at, axis) if one else np.take_along_axis(x, at, axis)
         return x
     sharding = getattr(x, "sharding", None)
     if isinstance(x, core.Tracer) or not isinstance(sharding, NamedSharding):
@@ -40,7 +43,17 @@ def cut(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
 
 def cut_shape(shape: Sequence[int], axes: Mapping[int, np.ndarray]) -> tuple[int, ...]:
     """Of what is kept."""
-    return tuple(len(axes[i]) if i in axes else n for i, n in enumerate(shape))
+    return tuple(kept_size(axes[i], i) if i in axes else n for i, n in enumerate(shape))
+
+
+def kept_size(places: np.ndarray, axis: int) -> int:
+    """How many are kept along an axis."""
+    return places.shape[axis] if places.ndim > 1 else len(places)
+
+
+def _owners(places: np.ndarray) -> int:
+    """In how many axes it counts what is kept: these must not be cut before."""
+    return sum(n > 1 for n in places.shape) if places.ndim > 1 else 0
 
 
 @functools.cache
@@ -52,8 +65,17 @@ def _take(x: Any, axes: Sequence[int], places: Sequence[np.ndarray]) -> Any:
     sharding = jax.typeof(x).sharding
     if not _named(sharding.spec):
         for axis, at in zip(axes, places, strict=True):
-            x = jnp.take(x, at, axis=axis, mode="clip")
+            if at.ndim == 1:
+                x = jnp.take(x, at, axis=axis, mode="clip")
+            else:
+                x = jnp.take_along_axis(x, at, axis, mode="clip")
         return x
+    if any(at.ndim > 1 for at in places):
+        x = jax.sharding.reshard(x, sharding.update(spec=PartitionSpec()))
+        return jax.sharding.reshard(
+            _take(x, axes, places),
+            _fitted(sharding, cut_shape(x.shape, dict(zip(axes, places, strict=True)))),
+        )
     names = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
     names = (None if i in axes else n for i, n in enumerate(names))
     whole = sharding.update(spec=PartitionSpec(*names))

@@ -4,6 +4,7 @@ Their rules are Python functions that saw the full sizes. So the derivative, too
 a jaxpr at full sizes and run at the new ones, the first time that it is asked for.
 """
 
+import collections
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.structured import _dims
+from jaxprune.structured import _dims, _local
 from jaxprune.structured._dims import Dim
 from jaxprune.structured._kept import Kept
 from jaxprune.structured._propagate import Program, Propagation, Record
@@ -117,7 +118,7 @@ def _read(
     operands, outs = ([_copied(x, copies) for x in xs] for xs in (operands, outs))
     propagation = Propagation(run.rules)
     program = propagation.run(
-        closed.jaxpr, closed.consts, [Operand(d, True) for d in operands]
+        closed.jaxpr, closed.consts, [Operand(d, True) for d in operands], record.loops
     )
     for x, dims in zip(program.outs, outs, strict=True):
         for a, b in zip(x.dims, dims, strict=True):
@@ -131,12 +132,24 @@ def _read(
     for new in lost.values():
         if why := _dims.find(new).frozen:
             _refuse(record, "; ".join(why))
+    apart = {
+        _dims.find(new): tuple(_dims.find(copies.get(h, h)) for h in run.apart[d])
+        for d, new in copies.items()
+        if d in run.apart
+    }
+    roots = collections.Counter(map(_dims.find, lost.values()))
+    if any(roots[d] > 1 for d in apart):
+        _refuse(record, "it couples units that the function does not couple")
+    among = dict.fromkeys(x for d, held in apart.items() for x in (d, *held))
+    owners = _local.owners(program, among, run.rules, inner=True) if apart else {}
+    if any(not set(held) <= set(owners[d]) for d, held in apart.items()):
+        _refuse(record, "it relates units of one layer or head to those of another")
     look = Look(frozenset(kept.units), run.rules)
     look.run(
         program,
         [z and frozenset(_dims.find(lost[d]) for d in z if d in lost) for z in zeros],
     )
-    return type(run)(kept, run.rules, look, run.absent), program
+    return type(run)(kept, run.rules, look, apart, run.absent), program
 
 
 def _copied(dims: Dims, copies: dict[Dim, Dim]) -> Dims:

@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+
 _numbers = itertools.count()
 
 
@@ -96,6 +98,34 @@ def leaves(d: Dim) -> list[Dim]:
     if d.form == "leaf":
         return [d]
     return [leaf for part in parts(d) for leaf in leaves(part)]
+
+
+def units(d: Dim, leaf: Dim) -> np.ndarray:
+    """For each place along `d` the unit of `leaf`, or -1."""
+    d = find(d)
+    if d.form == "leaf":
+        return np.arange(d.size) if d is leaf else np.full(d.size, -1)
+    each = [units(p, leaf) for p in parts(d)]
+    if d.form == "sum":
+        return np.concatenate(each)
+    found = each[0]
+    for x in each[1:]:
+        found = np.where(found[:, None] >= 0, found[:, None], x[None, :]).reshape(-1)
+    return found
+
+
+def steps(d: Dim, leaf: Dim) -> np.ndarray:
+    """For each place along `d`, how far the next unit of `leaf` is; 0 if there is none."""
+    d = find(d)
+    if d.form == "leaf":
+        return np.full(d.size, int(d is leaf))
+    each = [steps(p, leaf) for p in parts(d)]
+    if d.form == "sum":
+        return np.concatenate(each)
+    found = each[0]
+    for x in each[1:]:
+        found = (found[:, None] * len(x) + x[None, :]).reshape(-1)
+    return found
 
 
 def freeze(dims: Dim | Sequence[Dim], reason: str) -> None:

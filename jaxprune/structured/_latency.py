@@ -44,7 +44,7 @@ def predicted(graph: Graph, roofline: Roofline) -> Clock:
     counter = Counter(graph)
 
     def seconds(plan: Plan) -> float:
-        kept = {name: len(g.kept) for name, g in plan.groups.items()}
+        kept = {name: g.left for name, g in plan.groups.items()}
         return counter.seconds(roofline, kept)
 
     return seconds

@@ -48,7 +48,7 @@ def groups_left(plan: Plan, path: str, axis: int, groups: int) -> int:
     kept = places(plan, path, axis)
     if kept is None:
         return groups
-    found = np.bincount(kept // (plan.shapes[path][axis] // groups))
+    found = np.bincount(kept.ravel() // (plan.shapes[path][axis] // groups))
     widths = set(found[found > 0].tolist())
     if len(widths) > 1:
         refuse(

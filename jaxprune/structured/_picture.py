@@ -96,5 +96,5 @@ def draw(graph: "Graph", paths: list[str], plan: "Plan | None", ax: Any) -> Any:
 
 
 def _label(group: "Group", plan: "Plan | None") -> str:
-    kept = "" if plan is None else f"{len(plan.groups[group.name].kept)} of "
+    kept = "" if plan is None else f"{plan.groups[group.name].left} of "
     return f"{group.name} ({group.kind}, {kept}{group.size})"

@@ -12,6 +12,7 @@ from jax.extend.core import Literal
 from jaxtyping import Array
 
 from jaxprune.structured import _derivatives
+from jaxprune.structured._dims import Dim
 from jaxprune.structured._kept import Kept
 from jaxprune.structured._propagate import Program, Record, Rule
 from jaxprune.structured._removed import (
@@ -34,16 +35,23 @@ class Replay:
       kept: what is kept.
       rules: of users' own primitives.
       look: at the whole program, for `kept.units`.
+      apart: dimensions that keep other units for each unit of others, and these.
       absent: whether removed units count as never having been, rather than as units
         whose weights are 0.
     """
 
     def __init__(
-        self, kept: Kept, rules: Mapping[str, Rule], look: Look, absent: bool = False
+        self,
+        kept: Kept,
+        rules: Mapping[str, Rule],
+        look: Look,
+        apart: Mapping[Dim, tuple[Dim, ...]],
+        absent: bool = False,
     ):
         self.kept = kept
         self.rules = rules
         self.look = look
+        self.apart = apart
         self.absent = absent
 
     def __call__(

@@ -59,9 +59,12 @@ def _mask(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
     shape = jnp.shape(x)
     found = jnp.ones((1,) * len(shape), bool)
     for axis, places in axes.items():
-        kept = np.zeros(shape[axis], bool)
-        kept[places] = True
-        found &= kept.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        if places.ndim == 1:
+            places = places.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        sizes = [shape[i] if i == axis else n for i, n in enumerate(places.shape)]
+        kept = np.zeros(sizes, bool)
+        np.put_along_axis(kept, places, True, axis)
+        found &= kept
     return found
 
 
@@ -148,7 +151,7 @@ def _cut_like(x: Any, path: str, shape: tuple[int, ...], cuts: Cuts) -> Any:
         return x
     ahead = len(own) - len(shape)
     if ahead >= 0 and own[ahead:] == shape:  # a history of them is stacked, say
-        return cut(x, {a + ahead: places for a, places in axes.items()})
+        return cut(x, {a + ahead: _behind(places, ahead) for a, places in axes.items()})
     # Factored moments are a mean over one axis.
     gone = [i for i in range(len(shape)) if shape[:i] + shape[i + 1 :] == own]
     found = [
@@ -157,11 +160,17 @@ def _cut_like(x: Any, path: str, shape: tuple[int, ...], cuts: Cuts) -> Any:
     order = [np.argsort(s)[-2:].tolist() for s in (shape, cut_shape(shape, axes))]
     if (
         not found
+        or any(places.ndim > 1 for places in axes.values())
         or order[0] != order[1]  # optax tells rows from columns by the larger size
         or any(not _same(found[0], other) for other in found[1:])
     ):
         _refuse(f"a leaf that belongs to {path}", path, own, shape)
     return cut(x, found[0])
+
+
+def _behind(places: np.ndarray, ahead: int) -> np.ndarray:
+    """The same for an array with axes ahead of those of the parameter."""
+    return places if places.ndim == 1 else places.reshape((1,) * ahead + places.shape)
 
 
 def _refuse(

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxprune import _tree
 from jaxprune._tree import PyTree
-from jaxprune.structured import _dims, _kinds, _picture, _values, _zeros
+from jaxprune.structured import _dims, _kinds, _local, _picture, _values, _zeros
 from jaxprune.structured._dims import Dim
 from jaxprune.structured._kinds import Kind
 from jaxprune.structured._propagate import Program, Propagation, Rule
@@ -68,7 +68,7 @@ class Member:
     @property
     def units(self) -> np.ndarray:
         """For each place along the axis the unit that it belongs to, or -1."""
-        return units(self._dim, self._leaf)
+        return _dims.units(self._dim, self._leaf)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,6 +112,7 @@ class Graph:
     shapes: dict[str, tuple[int, ...]]
     _traced: Traced = dataclasses.field(repr=False)
     _dtypes: dict[str, Any] = dataclasses.field(repr=False)
+    _rules: Mapping[str, Rule] = dataclasses.field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> Group:
         """The group of this name, or of an axis `path:axis` that is all of a member."""
@@ -130,6 +131,37 @@ class Graph:
             else ""
         )
         raise KeyError(f"no group is called {name!r}.{why} The groups are: {names}.")
+
+    def within(self, name: str) -> tuple[str, ...]:
+        """Groups for each unit of which a group may keep units of its own.
+
+        In the layers of a scan, or in heads, the same number of units must stay, but not
+        the same ones, if nothing relates units of one to those of another by their number.
+        `structured.planned` then takes an array of numbers for each layer or head, and
+        `score_groups(..., apart=True)` gives scores for each.
+
+        Args:
+          name: of the group, as `graph[name]` knows it.
+
+        Returns:
+          Names of groups, in the order of the axes of such an array; often none.
+        """
+        leaf = self[name].members[0]._leaf
+        names = {g.members[0]._leaf: g.name for g in self.groups}
+        return tuple(names[h] for h in self._owners()[leaf])
+
+    def _owners(self) -> dict[Dim, tuple[Dim, ...]]:
+        among = [g.members[0]._leaf for g in self.groups]
+        found = _local.owners(self._traced.program, among, self._rules)
+        for g in self.groups:
+            if any(m.path.startswith(INPUT) for m in g.members):
+                found[g.members[0]._leaf] = ()  # inputs are cut the same everywhere
+        order = {d: i for i, d in enumerate(among)}
+        # Of two that own each other one does: it is cut by what the other was.
+        return {
+            d: tuple(h for h in held if d not in found[h] or order[d] > order[h])
+            for d, held in found.items()
+        }
 
     def plot(self, plan: Any = None, *, where: Patterns = "*", ax: Any = None) -> Any:
         """Draws where the units of each group lie; needs matplotlib.
@@ -257,6 +289,7 @@ def trace(
         shapes={p: _values.shape_of(x) for p, x in leaves.items()},
         _traced=traced,
         _dtypes={p: jax.dtypes.result_type(x) for p, x in leaves.items()},
+        _rules=rules or {},
     )
 
 
@@ -316,20 +349,6 @@ def _is_used(program: Program, i: int) -> bool:
             ):
                 return True
     return False
-
-
-def units(d: Dim, leaf: Dim) -> np.ndarray:
-    """For each place along `d` the unit of `leaf`, or -1."""
-    d = _dims.find(d)
-    if d.form == "leaf":
-        return np.arange(d.size) if d is leaf else np.full(d.size, -1)
-    parts = [units(p, leaf) for p in _dims.parts(d)]
-    if d.form == "sum":
-        return np.concatenate(parts)
-    found = parts[0]
-    for x in parts[1:]:
-        found = np.where(found[:, None] >= 0, found[:, None], x[None, :]).reshape(-1)
-    return found
 
 
 def _axes(traced: Traced, resizable: Patterns) -> list[tuple[str, int, Dim]]:

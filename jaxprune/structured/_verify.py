@@ -51,7 +51,7 @@ def verified(
     masked_args = plan.mask_inputs(*args)
     expected = jax.jit(fn)(plan.mask(params), *masked_args)
     small = jax.jit(plan.rewrite(fn, rules=rules))(plan.shrink(params), *small_args)
-    traced, kept = read_at(plan, fn, params, args, rules)
+    traced, kept, _ = read_at(plan, fn, params, args, rules)
     paths, wanted, _ = _tree.flatten(expected)
     got = _tree.flatten(small)[1]
     outs = iter(traced.program.outs)
@@ -64,7 +64,7 @@ def verified(
     reasons = [
         f"{name}: {note}"
         for name, g in plan.groups.items()
-        if len(g.kept) < g.size
+        if g.left < g.size
         for note in g.notes
     ]
     if any(np.isnan(e) for e in errors.values()):
