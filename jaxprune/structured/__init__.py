@@ -7,7 +7,6 @@ at the new sizes.
 
 from ._choose import Target as Target
 from ._choose import plan as plan
-from ._choose import planned as planned
 from ._costs import Cost as Cost
 from ._costs import Roofline as Roofline
 from ._latency import measured as measured
@@ -18,6 +17,7 @@ from ._nnx import nnx_module as nnx_module
 from ._plan import Apart as Apart
 from ._plan import Choice as Choice
 from ._plan import Plan as Plan
+from ._planned import planned as planned
 from ._propagate import Rule as Rule
 from ._scores import score_groups as score_groups
 from ._trace import Graph as Graph

@@ -3,20 +3,18 @@
 import fnmatch
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 from jaxprune import _tree
-from jaxprune.structured import _dims, _kinds, _local, _state
+from jaxprune.structured import _kinds
 from jaxprune.structured._costs import Counter
-from jaxprune.structured._dims import Dim
-from jaxprune.structured._kept import Kept
 from jaxprune.structured._kinds import Kind
 from jaxprune.structured._latency import Clock
-from jaxprune.structured._plan import Apart, Choice, Plan
-from jaxprune.structured._trace import INPUT, Graph, Group, Member
-from jaxprune.structured._values import Dims
+from jaxprune.structured._plan import Plan
+from jaxprune.structured._planned import planned
+from jaxprune.structured._trace import Graph, Group
 
 Scope = Literal["local", "global", "isomorphic"]
 _STEPS, _TIMED = 40, 10  # of bisection: by counting, and with a clock
@@ -138,149 +136,6 @@ def plan(
 
     share = _bisect(graph, counts, choose, target) if target else ratio or 0.0
     return choose(counts(share))
-
-
-def planned(graph: Graph, kept: Mapping[str, Any]) -> Plan:
-    """The plan that keeps these units, in any way they were chosen.
-
-    Args:
-      graph: of `trace`.
-      kept: `{group: numbers of units}`, sorted or not, or a boolean for each unit, by
-        names that `graph[name]` knows; groups that are not named keep all. Where
-        `graph.within(name)` names other groups, numbers may be [*owners, kept], as many for
-        each layer or head but other ones.
-
-    Raises:
-      ValueError: if a group is not known or named twice, units are no whole numbers or out
-        of range, or too few are kept.
-
-    Example:
-      >>> def fn(params, x):
-      ...     return jax.nn.relu(x @ params["up"]) @ params["down"]
-      >>> params = {"up": jnp.ones((2, 8)), "down": jnp.ones((8, 3))}
-      >>> graph = jp.structured.trace(fn, params, jnp.ones((5, 2)))
-      >>> plan = jp.structured.planned(graph, {"down:0": [0, 1, 5]})
-      >>> plan.shrink(params)["down"].shape
-      (3, 3)
-    """
-    found = _chosen(graph, kept)
-    some = any(x.ndim > 1 for x in found.values())
-    owners = graph._owners() if some else {}
-    choices: dict[str, Choice] = {}
-    units: dict[Dim, np.ndarray] = {}
-    tables: _local.Tables = {}
-    for g in graph.groups:
-        chosen = found.get(g.name, np.arange(g.size))
-        choices[g.name] = Choice(g.kind, g.size, chosen, g.notes)
-        if chosen.shape[-1] < g.size:
-            leaf = g.members[0]._leaf
-            mask = np.zeros(g.size, bool)
-            if chosen.ndim > 1:  # the function runs as if the first of them were kept
-                tables[leaf] = owners[leaf], chosen
-                mask[: chosen.shape[-1]] = True
-            else:
-                mask[chosen] = True
-            units[leaf] = mask
-    places, traced = Kept(units), graph._traced
-    dims = dict(zip(traced.paths, traced.dims, strict=True))
-    dims |= {
-        f"{INPUT}{p}": d for p, d in zip(traced.input_paths, traced.inputs, strict=True)
-    }
-    cuts: _state.Cuts = {}
-    input_cuts: _state.Cuts = {}
-    same: _state.Cuts = {}
-    for g in graph.groups:
-        for m in g.members:
-            if not places.changed(m._dim):
-                continue
-            of_input = m.path.startswith(INPUT)
-            table = input_cuts if of_input else cuts
-            path = m.path.removeprefix(INPUT) if of_input else m.path
-            axes = table.setdefault(path, {})
-            axes[m.axis] = places.places(m._dim)
-            if tables.keys() & set(_dims.leaves(m._dim)):
-                if not of_input:
-                    same.setdefault(path, {})[m.axis] = axes[m.axis]
-                axes[m.axis] = _local.places(
-                    dims[m.path], m.axis, places.places(m._dim), tables
-                )
-    counter = Counter(graph)
-    sizes = {name: c.left for name, c in choices.items()}
-    return Plan(
-        groups=choices,
-        shapes=dict(graph.shapes),
-        cuts=cuts,
-        input_shapes={
-            p: tuple(d.size for d in dims)
-            for p, dims in zip(traced.input_paths, traced.inputs, strict=True)
-            if p in input_cuts
-        },
-        input_cuts=input_cuts,
-        before=counter({}),
-        after=counter(sizes),
-        apart={
-            g.name: tuple(
-                _apart(m, dims[m.path], tables[m._leaf][0]) for m in g.members
-            )
-            for g in graph.groups
-            if g.members[0]._leaf in tables
-        },
-        same=same,
-    )
-
-
-def _apart(member: Member, dims: Dims, owners: Sequence[Dim]) -> Apart:
-    """Where the units of a member and of its owners lie."""
-    leaves = [member._leaf, *owners]
-    axes = [member.axis, *(_local.axis_of(dims, member.axis, h) for h in owners)]
-    units = [_dims.units(dims[i], x) for i, x in zip(axes, leaves, strict=True)]
-    return Apart(member.path, tuple(axes), tuple(units))
-
-
-def _chosen(graph: Graph, kept: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Numbers of units, by the name that each group has."""
-    found: dict[str, np.ndarray] = {}
-    for name, units in kept.items():
-        try:
-            g = graph[name]
-        except KeyError as error:
-            raise ValueError(f"kept: {error.args[0]}") from None
-        chosen = _numbers(graph, g, units)
-        few = chosen.shape[-1] < g.minimum or not chosen.size
-        if few or chosen.min() < 0 or chosen.max() >= g.size:
-            raise ValueError(
-                f"kept: got {chosen.tolist()} for {g.name}; expected at least {g.minimum} "
-                f"numbers from 0 to {g.size - 1}."
-            )
-        if not np.array_equal(found.setdefault(g.name, chosen), chosen):
-            raise ValueError(
-                f"kept: {name!r} is the group {g.name}, of which other units are kept under "
-                "another name. Name each group once."
-            )
-    return found
-
-
-def _numbers(graph: Graph, group: Group, units: Any) -> np.ndarray:
-    """Sorted, [kept] or [*owners, kept]."""
-    x = np.asarray(units)
-    if x.dtype == bool and x.shape == (group.size,):
-        return np.flatnonzero(x)
-    whole = np.issubdtype(x.dtype, np.integer) or not x.size
-    if whole and x.ndim == 1:
-        return np.unique(x.astype(int))
-    within = graph.within(group.name)
-    sizes = tuple(graph[h].size for h in within)
-    chosen = np.sort(x.astype(int), -1) if whole else x
-    if not whole or x.shape[:-1] != sizes or (np.diff(chosen) == 0).any():
-        apart = (
-            f"; or, for each unit of {', '.join(within)}, as many different numbers, of the "
-            f"shape {(*sizes, 'kept')}" if within else ""
-        )  # fmt: skip
-        raise ValueError(
-            f"kept: got an array of {x.dtype} and shape {x.shape} for {group.name}; expected "
-            f"a list of whole numbers, or {group.size} booleans, True for what is kept{apart}."
-        )
-    return chosen
 
 
 def _check(ratio, target, scope, round_to, min_keep, max_ratio, kinds) -> None:
