@@ -132,6 +132,7 @@ class Look:
             not record.inner
             and any(z is not None for z in zeros)
             and not any(self.among(x.dims) for x in record.operands)
+            and not any(map(self.among, record.outs))
         ):
             return [_NOTHING] * n
         if name == "scan":
