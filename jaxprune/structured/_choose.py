@@ -1,35 +1,44 @@
 """Chooses how many units of each group stay, and which."""
 
 import fnmatch
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 from jaxprune import _tree
-from jaxprune.structured import _kinds, _state
-from jaxprune.structured._costs import Cost, Counter
+from jaxprune.structured import _kinds
+from jaxprune.structured._costs import Counter
 from jaxprune.structured._kinds import Kind
-from jaxprune.structured._plan import Choice, Plan
-from jaxprune.structured._replay import Kept
-from jaxprune.structured._trace import INPUT, Graph, Group
+from jaxprune.structured._latency import Clock
+from jaxprune.structured._plan import Plan
+from jaxprune.structured._planned import planned
+from jaxprune.structured._trace import Graph, Group
 
 Scope = Literal["local", "global", "isomorphic"]
-_STEPS = 40
+_STEPS, _TIMED = 40, 10  # of bisection: by counting, and with a clock
 
 
 class Target(NamedTuple):
-    """Shares of the full cost that may remain, each above 0 and at most 1.
+    """Shares of the full cost that may remain, each above 0 and at most 1; all are met.
 
     Attributes:
       parameters: share of the parameters.
       bytes: share of their bytes.
       flops: share of the operations in products.
+      latency: share of the seconds that `clock` gives without pruning.
+      seconds: seconds by `clock`, whatever they are without pruning.
+      clock: seconds of a plan, such as `structured.predicted` of a device or
+        `structured.measured` of the function; any function of plans will do.
     """
 
     parameters: float | None = None
     bytes: float | None = None
     flops: float | None = None
+    latency: float | None = None
+    seconds: float | None = None
+    clock: Clock | None = None
 
 
 def plan(
@@ -39,7 +48,7 @@ def plan(
     ratio: float | None = None,
     target: Target | None = None,
     scope: Scope = "local",
-    kinds: Sequence[Kind] | None = None,
+    kinds: Kind | Sequence[Kind] | None = None,
     overrides: Mapping[str, float] | None = None,
     round_to: int = 1,
     min_keep: int = 1,
@@ -51,18 +60,21 @@ def plan(
     Args:
       graph: of `trace`.
       scores: `{group name: scores [units]}`, as `score_groups` gives; ties go to the
-        lower number, and NaN loses.
+        lower number, and NaN loses. With scores [*owners, units], those of `apart=True`,
+        each layer or head keeps its own best units, as many as the others.
       ratio: share of units to remove. The share of parameters that goes is larger where
         both sides of a matrix lose units, 1 - (1 - ratio)².
       target: instead of a ratio, what may remain; the smallest ratio that meets it is
-        found by bisection.
+        found by bisection, with a clock to a thousandth. Clocks that measure are noisy, and
+        a smaller model may be slower: what is found has met the target when it was timed.
       scope: `"local"` removes the ratio from each group; `"global"` ranks units of all
         groups together; `"isomorphic"` those of groups of one kind whose members have the
         same shapes (Fang et al., arXiv 2407.04616).
-      kinds: of groups to prune. By default all but `"layer"`, whole steps of a scan, and
-        `"row"`, entries of a table such as a vocabulary.
-      overrides: `{pattern: ratio}` for groups whose name, or a member's path, matches; the
-        last match wins, and 0 keeps all. These ratios hold whatever `ratio` or `target`.
+      kinds: of groups to prune, one or several. By default all but `"layer"`, whole
+        steps of a scan, and `"row"`, entries of a table such as a vocabulary.
+      overrides: `{pattern: ratio}` for groups whose name matches or, where no name does,
+        a member's path; the last match wins, and 0 keeps all. These ratios hold whatever
+        `ratio`, `target` or `kinds`.
       round_to: the number kept is a multiple of this, the nearest one, or all.
       min_keep: the least number kept in a group.
       max_ratio: the largest share removed of a group.
@@ -71,7 +83,8 @@ def plan(
 
     Raises:
       ValueError: if both or none of `ratio` and `target` are given, a number is out of
-        range, scores are missing, a pattern matches nothing, or the target cannot be met.
+        range, scores are missing, a pattern matches nothing, no group is of these kinds,
+        or the target cannot be met.
 
     Example:
       >>> def fn(params, x):
@@ -89,10 +102,13 @@ def plan(
       >>> plan.shrink(params)["up"].shape
       (2, 6)
     """
+    kinds = [kinds] if isinstance(kinds, str) else kinds
     _check(ratio, target, scope, round_to, min_keep, max_ratio, kinds)
     fixed = _overrides(graph, overrides or {})
     wanted = set(kinds) if kinds else set(_kinds.KINDS) - {"layer", "row"}
     groups = [g for g in graph.groups if g.kind in wanted and g.name not in fixed]
+    if not groups and not any(fixed.values()) and ratio != 0:
+        _refuse_nothing(graph, wanted)
     found = {
         g.name: _scores(g, scores) for g in graph.groups if _is_scored(g, groups, fixed)
     }
@@ -110,83 +126,16 @@ def plan(
         shares |= {g.name: fixed[g.name] for g in graph.groups if g.name in fixed}
         return {g.name: count(g, shares.get(g.name, 0.0)) for g in graph.groups}
 
-    counter = Counter(graph)
-    share = _bisect(counter, counts, target) if target else ratio or 0.0
-    sizes = counts(share)
-    kept = {
-        name: _best(scored, sizes[name])
-        for name, scored in found.items()
-        if sizes[name] < len(scored)
-    }
-    return planned(graph, kept)
+    def choose(sizes: Mapping[str, int]) -> Plan:
+        kept = {
+            name: _best(scored, sizes[name])
+            for name, scored in found.items()
+            if sizes.get(name, scored.shape[-1]) < scored.shape[-1]
+        }
+        return planned(graph, kept)
 
-
-def planned(graph: Graph, kept: Mapping[str, np.ndarray]) -> Plan:
-    """The plan that keeps these units, in any way they were chosen.
-
-    Args:
-      graph: of `trace`.
-      kept: `{group: numbers of units}`, sorted or not, by names that `graph[name]` knows;
-        groups that are not named keep all.
-
-    Raises:
-      ValueError: if a group is not known, units are out of range, or too few are kept.
-
-    Example:
-      >>> def fn(params, x):
-      ...     return jax.nn.relu(x @ params["up"]) @ params["down"]
-      >>> params = {"up": jnp.ones((2, 8)), "down": jnp.ones((8, 3))}
-      >>> graph = jp.structured.trace(fn, params, jnp.ones((5, 2)))
-      >>> plan = jp.structured.planned(graph, {"down:0": [0, 1, 5]})
-      >>> plan.shrink(params)["down"].shape
-      (3, 3)
-    """
-    try:
-        kept = {graph[name].name: units for name, units in kept.items()}
-    except KeyError as error:
-        raise ValueError(f"kept: {error.args[0]}") from None
-    choices = {}
-    units = {}
-    for g in graph.groups:
-        chosen = np.unique(np.asarray(kept.get(g.name, np.arange(g.size)), int))
-        if len(chosen) < g.minimum or chosen[0] < 0 or chosen[-1] >= g.size:
-            raise ValueError(
-                f"kept: got {chosen.tolist()} for {g.name}; expected at least {g.minimum} "
-                f"numbers from 0 to {g.size - 1}."
-            )
-        choices[g.name] = Choice(g.kind, g.size, chosen, g.notes)
-        if len(chosen) < g.size:
-            mask = np.zeros(g.size, bool)
-            mask[chosen] = True
-            units[g.members[0]._leaf] = mask
-    places = Kept(units)
-    cuts: _state.Cuts = {}
-    input_cuts: _state.Cuts = {}
-    for g in graph.groups:
-        for m in g.members:
-            if not places.changed(m._dim):
-                continue
-            of_input = m.path.startswith(INPUT)
-            table = input_cuts if of_input else cuts
-            axes = table.setdefault(
-                m.path.removeprefix(INPUT) if of_input else m.path, {}
-            )
-            axes[m.axis] = places.places(m._dim)
-    traced, counter = graph._traced, Counter(graph)
-    sizes = {name: len(c.kept) for name, c in choices.items()}
-    return Plan(
-        groups=choices,
-        shapes=dict(graph.shapes),
-        cuts=cuts,
-        input_shapes={
-            p: tuple(d.size for d in dims)
-            for p, dims in zip(traced.input_paths, traced.inputs, strict=True)
-            if p in input_cuts
-        },
-        input_cuts=input_cuts,
-        before=counter({}),
-        after=counter(sizes),
-    )
+    share = _bisect(graph, counts, choose, target) if target else ratio or 0.0
+    return choose(counts(share))
 
 
 def _check(ratio, target, scope, round_to, min_keep, max_ratio, kinds) -> None:
@@ -199,14 +148,8 @@ def _check(ratio, target, scope, round_to, min_keep, max_ratio, kinds) -> None:
         raise ValueError(
             f"ratio: got {ratio!r}; expected a share in [0, 1), such as 0.5."
         )
-    if target is not None and (
-        not any(x is not None for x in target)
-        or not all(x is None or 0 < x <= 1 for x in target)
-    ):
-        raise ValueError(
-            f"target: got {target!r}; expected shares in (0, 1] that may remain, at least "
-            "one of parameters, bytes and flops."
-        )
+    if target is not None:
+        _check_target(target)
     if scope not in get_args(Scope):
         raise ValueError(f"scope: got {scope!r}; expected one of {get_args(Scope)}.")
     if round_to < 1 or min_keep < 1:
@@ -220,6 +163,38 @@ def _check(ratio, target, scope, round_to, min_keep, max_ratio, kinds) -> None:
         raise ValueError(f"kinds: got {unknown}; expected some of {_kinds.KINDS}.")
 
 
+def _check_target(target: Target) -> None:
+    *shares, seconds, clock = target
+    known = [x for x in shares if x is not None]
+    if not all(0 < x <= 1 for x in known) or not (known or seconds is not None):
+        raise ValueError(
+            f"target: got {target!r}; expected shares in (0, 1] that may remain, at least "
+            "one of parameters, bytes, flops and latency; or seconds."
+        )
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"target: got seconds={seconds!r}; expected more than 0.")
+    if (clock is None) != (target.latency is None and seconds is None):
+        raise ValueError(
+            f"target: got {target!r}; a latency or seconds need a clock, and a clock needs "
+            "one of them. Pass clock=structured.predicted(graph, roofline), or "
+            "structured.measured(fn, params, *args)."
+        )
+
+
+def _refuse_nothing(graph: Graph, wanted: set[Kind]) -> None:
+    """There is nothing to prune: says what there is."""
+    if graph.groups:
+        there = ", ".join(sorted({g.kind for g in graph.groups}))
+        raise ValueError(
+            f"kinds: no group is of a kind in {sorted(wanted)}, or overrides keep them whole. "
+            f"The graph has groups of these kinds: {there}. Pass some of them as kinds=."
+        )
+    why = [f"{name}: {'; '.join(reasons)}" for name, reasons in graph.frozen.items()]
+    raise ValueError(
+        f"graph: it has no groups to prune. These axes are frozen: {_tree.listing(why)}."
+    )
+
+
 def _overrides(graph: Graph, overrides: Mapping[str, float]) -> dict[str, float]:
     found = {}
     for pattern, share in overrides.items():
@@ -227,11 +202,10 @@ def _overrides(graph: Graph, overrides: Mapping[str, float]) -> dict[str, float]
             raise ValueError(
                 f"overrides: got {share!r} for {pattern!r}; expected a share in [0, 1)."
             )
-        names = [
+        names = fnmatch.filter([g.name for g in graph.groups], pattern) or [
             g.name
             for g in graph.groups
-            if fnmatch.fnmatchcase(g.name, pattern)
-            or any(fnmatch.fnmatchcase(m.path, pattern) for m in g.members)
+            if any(fnmatch.fnmatchcase(m.path, pattern) for m in g.members)
         ]
         if not names:
             groups = _tree.listing([g.name for g in graph.groups])
@@ -256,7 +230,7 @@ def _scores(group: Group, scores: Mapping[str, np.ndarray]) -> np.ndarray:
             "same graph, or leave the group out with kinds= or overrides=."
         )
     x = np.asarray(scores[group.name], np.float64)
-    if x.shape != (group.size,):
+    if x.ndim == 0 or x.shape[-1] != group.size:
         raise ValueError(
             f"scores: {group.name} has {group.size} units, and scores of the shape {x.shape}. "
             "Pass a score for each unit."
@@ -265,7 +239,7 @@ def _scores(group: Group, scores: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _best(scores: np.ndarray, n: int) -> np.ndarray:
-    return np.sort(np.argsort(-scores, kind="stable")[:n])
+    return np.sort(np.argsort(-scores, kind="stable")[..., :n])
 
 
 def _shares(
@@ -294,6 +268,9 @@ def _shares(
 
 
 def _ranked(scores: np.ndarray, normalize: bool) -> np.ndarray:
+    """Of each unit; with several rows, what the units of one rank have in the mean."""
+    if scores.ndim > 1:
+        scores = np.sort(scores).reshape(-1, scores.shape[-1]).mean(0)
     mean = np.mean(scores[np.isfinite(scores)]) if np.isfinite(scores).any() else 0.0
     return scores / mean if normalize and mean > 0 else scores
 
@@ -307,34 +284,47 @@ def _class(group: Group) -> object:
 
 
 def _bisect(
-    counter: Counter, counts: Callable[[float], dict[str, int]], target: Target
+    graph: Graph,
+    counts: Callable[[float], dict[str, int]],
+    choose: Callable[[Mapping[str, int]], Plan],
+    target: Target,
 ) -> float:
     """The smallest share removed that meets the target."""
-    dense = counter({})
+    counter, clock = Counter(graph), target.clock
+    limits = target._asdict()
+    del limits["clock"]
+
+    def costs(sizes: dict[str, int]) -> dict[str, float]:
+        found = counter(sizes)._asdict()
+        if clock is not None:
+            found["latency"] = found["seconds"] = clock(choose(sizes))
+        return found
+
+    dense = costs({}) | {"seconds": 1.0}
+
+    @functools.cache
+    def shares(sizes: tuple[tuple[str, int], ...]) -> dict[str, float]:
+        found = costs(dict(sizes))
+        return {
+            name: found[name] / (dense[name] or 1)
+            for name, x in limits.items()
+            if x is not None
+        }
 
     def meets(share: float) -> bool:
-        cost = counter(counts(share))
-        return all(
-            x is None or getattr(cost, name) <= x * getattr(dense, name)
-            for name, x in zip(Target._fields, target, strict=True)
-        )
+        found = shares(tuple(counts(share).items()))
+        return all(x <= limits[name] for name, x in found.items())
 
     low, high = 0.0, 1.0
     if meets(low):
         return low
     if not meets(high):
-        rest = Cost(*counter(counts(high)))
-        left = {
-            name: getattr(rest, name) / max(getattr(dense, name), 1)
-            for name, x in zip(Target._fields, target, strict=True)
-            if x is not None
-        }
         raise ValueError(
             f"target: got {target}; with all units removed that may go, these shares remain: "
-            f"{left}. Ask for more than that, or allow more: kinds=, max_ratio=, min_keep=, "
-            "round_to=, ignore= of the trace."
+            f"{shares(tuple(counts(high).items()))}. Ask for more than that, or allow more: "
+            "kinds=, max_ratio=, min_keep=, round_to=, ignore= of the trace."
         )
-    for _ in range(_STEPS):
+    for _ in range(_STEPS if clock is None else _TIMED):
         middle = (low + high) / 2
         low, high = (low, middle) if meets(middle) else (middle, high)
     return high

@@ -4,6 +4,7 @@ Their rules are Python functions that saw the full sizes. So the derivative, too
 a jaxpr at full sizes and run at the new ones, the first time that it is asked for.
 """
 
+import collections
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.structured import _dims
+from jaxprune.structured import _dims, _local
 from jaxprune.structured._dims import Dim
+from jaxprune.structured._kept import Kept
 from jaxprune.structured._propagate import Program, Propagation, Record
 from jaxprune.structured._removed import Zeros
 from jaxprune.structured._values import Dims, Operand
+from jaxprune.structured._zeros import Look
 from jaxprune.tracing._replay import bind
 
 if TYPE_CHECKING:
@@ -41,12 +44,12 @@ def custom_jvp(run: "Replay", record: Record, values: list[Any]) -> Sequence[Any
         closed = jax.make_jaxpr(full)(shapes, [shapes[i] for i in places])
         dims = [x.dims for x in record.operands]
         outs = _float_outs(record)
-        program = _read(
+        again, program = _read(
             run, record, closed, [*dims, *(dims[i] for i in places)],
             [*record.outs, *(record.outs[i] for i in outs)],
             zeros=[*zeros, *(zeros[i] for i in places)],
         )  # fmt: skip
-        found = run(program, [*xs, *(moved[i] for i in places)])
+        found = again(program, [*xs, *(moved[i] for i in places)])
         values, tangent = found[: len(record.outs)], found[len(record.outs) :]
         return values, _filled(values, outs, tangent)
 
@@ -77,12 +80,12 @@ def custom_vjp(run: "Replay", record: Record, values: list[Any]) -> Sequence[Any
             shapes, [_shapes_of_outs(record)[i] for i in outs]
         )
         dims = [x.dims for x in record.operands]
-        program = _read(
+        again, program = _read(
             run, record, closed, [*dims, *(record.outs[i] for i in outs)],
             [dims[i] for i in places],
             zeros=[*zeros, *(frozenset() for _ in outs)],
         )  # fmt: skip
-        found = run(program, [*xs, *(cotangents[i] for i in outs)])
+        found = again(program, [*xs, *(cotangents[i] for i in outs)])
         return (_filled(xs, places, found),)
 
     call.defvjp(forward, backward)
@@ -106,33 +109,68 @@ def _read(
     operands: Sequence[Dims],
     outs: Sequence[Dims],
     zeros: Sequence[Zeros],
-) -> Program:
-    """A derivative; its dimensions are those that the function has."""
-    held = list(run.kept.units)
-    before = [tuple(d.frozen) for d in held]
+) -> tuple["Replay", Program]:
+    """A derivative, and what runs it; its dimensions are those that the function has.
+
+    It is read with copies of these, for what a rule couples must not change the function.
+    """
+    copies: dict[Dim, Dim] = {}
+    operands, outs = ([_copied(x, copies) for x in xs] for xs in (operands, outs))
     propagation = Propagation(run.rules)
     program = propagation.run(
-        closed.jaxpr, closed.consts, [Operand(d, True) for d in operands]
+        closed.jaxpr, closed.consts, [Operand(d, True) for d in operands], record.loops
     )
     for x, dims in zip(program.outs, outs, strict=True):
         for a, b in zip(x.dims, dims, strict=True):
             _dims.unify(a, b)
-    for d, reasons in zip(held, before, strict=True):
-        _check_same(record, d, reasons)
-    run.look.run(program, zeros)
-    return program
+    lost = {d: copies[d] for d in run.kept.units if d in copies}
+    kept = Kept({_dims.find(new): run.kept.units[d] for d, new in lost.items()})
+    for d, new in copies.items():
+        whole = d not in lost or _dims.find(new).form == "leaf"
+        if not whole or not np.array_equal(kept.mask(new), run.kept.mask(d)):
+            _refuse(record, "it couples units that the function does not couple")
+    for new in lost.values():
+        if why := _dims.find(new).frozen:
+            _refuse(record, "; ".join(why))
+    apart = {
+        _dims.find(new): tuple(_dims.find(copies.get(h, h)) for h in run.apart[d])
+        for d, new in copies.items()
+        if d in run.apart
+    }
+    roots = collections.Counter(map(_dims.find, lost.values()))
+    if any(roots[d] > 1 for d in apart):
+        _refuse(record, "it couples units that the function does not couple")
+    among = dict.fromkeys(x for d, held in apart.items() for x in (d, *held))
+    owners = _local.owners(program, among, run.rules, inner=True) if apart else {}
+    if any(not set(held) <= set(owners[d]) for d, held in apart.items()):
+        _refuse(record, "it relates units of one layer or head to those of another")
+    look = Look(frozenset(kept.units), run.rules)
+    look.run(
+        program,
+        [z and frozenset(_dims.find(lost[d]) for d in z if d in lost) for z in zeros],
+    )
+    return type(run)(kept, run.rules, look, apart, run.absent), program
 
 
-def _check_same(record: Record, d: Dim, before: tuple[str, ...]) -> None:
-    why = [reason for reason in d.frozen if reason not in before]
-    if d.link is not None or why:
-        reason = "; ".join(why) or "it couples units that the function does not couple"
-        raise ValueError(
-            f"the derivative rule of {record.eqn.params.get('name', 'a function')!r} cannot "
-            f"be run with fewer units along a dimension of {d.size}: {reason}. Leave the "
-            "leaves that reach it out of the plan, with ignore= in structured.trace, or "
-            "take its rule away."
-        )
+def _copied(dims: Dims, copies: dict[Dim, Dim]) -> Dims:
+    """The same dimensions of new leaves, which are added to `copies`."""
+    found = []
+    for d in map(_dims.find, dims):
+        if d.form == "leaf":
+            found.append(copies.setdefault(d, Dim(d.size)))
+        else:
+            parts = _copied(tuple(_dims.parts(d)), copies)
+            found.append(Dim(d.size, d.form, parts))
+    return tuple(found)
+
+
+def _refuse(record: Record, why: str) -> None:
+    name = record.eqn.params.get("name") or record.eqn.primitive.name
+    raise ValueError(
+        f"the derivative rule of {name!r} cannot be run with fewer units: {why}. Leave the "
+        "leaves that reach it out of the plan, with ignore= in structured.trace, or take "
+        "its rule away."
+    )
 
 
 def _zeros_of(run: "Replay", record: Record) -> list[Zeros]:

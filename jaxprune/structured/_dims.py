@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+
 _numbers = itertools.count()
 
 
@@ -72,12 +74,58 @@ def find(d: Dim) -> Dim:
     return d
 
 
+def parts(d: Dim) -> list[Dim]:
+    """Factors of a product, segments of a sum; none of them of the same form.
+
+    A sum whose last segment was cut again and again is a chain of sums, as deep as there
+    are cuts. It is made flat here, and stays so.
+    """
+    d = find(d)
+    found, rest = [], d.parts[::-1]
+    while rest:
+        part = find(rest.pop())
+        if part.form == d.form:
+            rest += part.parts[::-1]
+        elif part.size != (d.form == "product"):
+            found.append(part)
+    d.parts = found
+    return found
+
+
 def leaves(d: Dim) -> list[Dim]:
     """The leaves of `d`, in order; one may come several times."""
     d = find(d)
     if d.form == "leaf":
         return [d]
-    return [leaf for part in d.parts for leaf in leaves(part)]
+    return [leaf for part in parts(d) for leaf in leaves(part)]
+
+
+def units(d: Dim, leaf: Dim) -> np.ndarray:
+    """For each place along `d` the unit of `leaf`, or -1."""
+    d = find(d)
+    if d.form == "leaf":
+        return np.arange(d.size) if d is leaf else np.full(d.size, -1)
+    each = [units(p, leaf) for p in parts(d)]
+    if d.form == "sum":
+        return np.concatenate(each)
+    found = each[0]
+    for x in each[1:]:
+        found = np.where(found[:, None] >= 0, found[:, None], x[None, :]).reshape(-1)
+    return found
+
+
+def steps(d: Dim, leaf: Dim) -> np.ndarray:
+    """For each place along `d`, how far the next unit of `leaf` is; 0 if there is none."""
+    d = find(d)
+    if d.form == "leaf":
+        return np.full(d.size, int(d is leaf))
+    each = [steps(p, leaf) for p in parts(d)]
+    if d.form == "sum":
+        return np.concatenate(each)
+    found = each[0]
+    for x in each[1:]:
+        found = (found[:, None] * len(x) + x[None, :]).reshape(-1)
+    return found
 
 
 def freeze(dims: Dim | Sequence[Dim], reason: str) -> None:
@@ -98,17 +146,13 @@ def factors(d: Dim) -> list[Dim]:
     d = find(d)
     if d.size == 1:
         return []
-    if d.form == "product":
-        return [f for part in d.parts for f in factors(part)]
-    return [d]
+    return parts(d) if d.form == "product" else [d]
 
 
 def segments(d: Dim) -> list[Dim]:
     """Segments of `d`; itself if it is no sum."""
     d = find(d)
-    if d.form == "sum":
-        return [s for part in d.parts for s in segments(part)]
-    return [d]
+    return parts(d) if d.form == "sum" else [d]
 
 
 def product(dims: Sequence[Dim]) -> Dim:
@@ -187,7 +231,7 @@ def describe(d: Dim) -> str:
     if d.form == "leaf":
         return str(d.size)
     sign = "*" if d.form == "product" else "+"
-    return f"({sign.join(describe(p) for p in d.parts)})"
+    return f"({sign.join(describe(p) for p in parts(d))})"
 
 
 def _bind(leaf: Dim, to: Dim) -> None:
@@ -209,6 +253,13 @@ def _bind(leaf: Dim, to: Dim) -> None:
 
 def _match(a: Dim, b: Dim) -> None:
     a, b = find(a), find(b)
+    while a is not b and a.size == b.size and "sum" in (a.form, b.form):
+        if "leaf" in (a.form, b.form):
+            break
+        at = min(segments(d)[0].size for d in (a, b) if d.form == "sum")
+        firsts, seconds = zip(split(a, at), split(b, at), strict=True)
+        _match(*firsts)
+        a, b = map(find, seconds)
     if a is b:
         return
     if a.size != b.size:
@@ -221,11 +272,6 @@ def _match(a: Dim, b: Dim) -> None:
         _bind(a, b)
     elif b.form == "leaf":
         _bind(b, a)
-    elif a.form == "sum" or b.form == "sum":
-        at = min(segments(d)[0].size for d in (a, b) if d.form == "sum")
-        firsts, seconds = zip(split(a, at), split(b, at), strict=True)
-        _match(*firsts)
-        _match(*seconds)
     else:
         _match_products(factors(a), factors(b))
 

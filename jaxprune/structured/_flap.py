@@ -9,10 +9,10 @@ import numpy as np
 from jaxprune._tree import PyTree
 from jaxprune.calibration import Statistics
 from jaxprune.structured import _consumers
-from jaxprune.structured._choose import planned
 from jaxprune.structured._consumers import Score, statistic
 from jaxprune.structured._kinds import Kind
 from jaxprune.structured._plan import Plan
+from jaxprune.structured._planned import planned
 from jaxprune.structured._scores import by_path
 from jaxprune.structured._trace import INPUT, Graph
 

@@ -10,11 +10,11 @@ from jaxprune._tree import PyTree
 from jaxprune.calibration import Inputs, Statistics
 from jaxprune.structured import _consumers
 from jaxprune.structured._biases import replaced
-from jaxprune.structured._choose import planned
 from jaxprune.structured._consumers import Consumer, statistic
 from jaxprune.structured._flap import UNITS
 from jaxprune.structured._kinds import Kind
 from jaxprune.structured._plan import Plan
+from jaxprune.structured._planned import planned
 from jaxprune.structured._scores import by_path
 from jaxprune.structured._trace import Graph
 

@@ -25,7 +25,8 @@ class Choice(NamedTuple):
     Attributes:
       kind: of its units.
       size: how many there were.
-      kept: numbers of those that stay.
+      kept: numbers of those that stay, [kept]; with axes ahead where they differ from unit
+        to unit of other groups, see `Graph.within`.
       notes: see `Group`.
     """
 
@@ -33,6 +34,34 @@ class Choice(NamedTuple):
     size: int
     kept: np.ndarray
     notes: tuple[str, ...]
+
+    @property
+    def left(self) -> int:
+        """How many stay: of each layer or head, if these keep units of their own."""
+        return self.kept.shape[-1]
+
+
+class Apart(NamedTuple):
+    """One member of a group that keeps other units in each layer or head.
+
+    Attributes:
+      path: of the leaf.
+      axes: the axis of the units, then those of their owners.
+      units: for each place along these axes the unit, or -1.
+    """
+
+    path: str
+    axes: tuple[int, ...]
+    units: tuple[np.ndarray, ...]
+
+    def to_list(self) -> list[Any]:
+        """For JSON."""
+        return [self.path, list(self.axes), [x.tolist() for x in self.units]]
+
+    @classmethod
+    def from_list(cls, data: list[Any]) -> "Apart":
+        """Of `to_list`."""
+        return cls(data[0], tuple(data[1]), tuple(np.asarray(x, int) for x in data[2]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,6 +76,9 @@ class Plan:
       input_cuts: what is kept of these.
       before: cost of the function as it was.
       after: cost of what is left.
+      apart: by name of a group that keeps other units in each layer or head, where such
+        units lie; see `Apart`.
+      same: of leaves with such groups, places as if all layers and heads kept the same.
     """
 
     groups: dict[str, Choice]
@@ -56,6 +88,8 @@ class Plan:
     input_cuts: Cuts
     before: Cost
     after: Cost
+    apart: dict[str, tuple[Apart, ...]] = dataclasses.field(default_factory=dict)
+    same: Cuts = dataclasses.field(default_factory=dict)
 
     def shrink(self, params: PyTree) -> PyTree:
         """The parameters with what is kept, of smaller shapes; differentiable.
@@ -92,7 +126,9 @@ class Plan:
 
         Subtrees like `params` are cut as these are, whatever holds them: moments of any
         optax optimizer, `TrainState`, packed masks of `jp.masked`. Factored moments lose
-        what their axes lose. All else stays, such as counts of steps.
+        what their axes lose (but optax no longer factors those of a matrix that became
+        small: initialise them anew there), and stacks of moments, such as the history of
+        L-BFGS, what each of them loses. All else stays, such as counts of steps.
 
         Args:
           state: of the full parameters.
@@ -194,6 +230,8 @@ class Plan:
             "input_cuts": _state.cuts_to_lists(self.input_cuts),
             "before": list(self.before),
             "after": list(self.after),
+            "apart": {n: [x.to_list() for x in xs] for n, xs in self.apart.items()},
+            "same": _state.cuts_to_lists(self.same),
         }  # fmt: skip
 
     @classmethod
@@ -203,10 +241,18 @@ class Plan:
         Raises:
           ValueError: if it was written in another format.
         """
-        if data.get("format") != _FORMAT:
+        found = data.get("format") if isinstance(data, Mapping) else type(data)
+        if found != _FORMAT:
             raise ValueError(
-                f"data: got a plan of the format {data.get('format')!r}, expected {_FORMAT}. "
-                "Pass what Plan.to_dict of this version gives."
+                f"data: got a plan of the format {found!r}, expected {_FORMAT}. Pass what "
+                "Plan.to_dict of this version gives."
+            )
+        missing = (
+            {f.name for f in dataclasses.fields(cls)} - {"apart", "same"} - data.keys()
+        )
+        if missing:
+            raise ValueError(
+                f"data: {sorted(missing)} are missing. Pass what Plan.to_dict gives, whole."
             )
         return cls(
             groups={
@@ -221,12 +267,17 @@ class Plan:
             input_cuts=_state.cuts_from_lists(data["input_cuts"]),
             before=Cost(*data["before"]),
             after=Cost(*data["after"]),
+            apart={
+                n: tuple(map(Apart.from_list, xs))
+                for n, xs in data.get("apart", {}).items()
+            },
+            same=_state.cuts_from_lists(data.get("same", {})),
         )
 
     def __str__(self) -> str:
         rows = [("group", "kind", "units", "kept", "notes")]
         for name, g in self.groups.items():
-            sizes = str(g.size), str(len(g.kept))
+            sizes = str(g.size), str(g.left)
             rows.append((name, g.kind, *sizes, "; ".join(g.notes)))
         lines = _trace.align(rows)
         for what, old, new in zip(Cost._fields, self.before, self.after, strict=True):

@@ -119,9 +119,6 @@ class Propagation:
         name = eqn.primitive.name
         if name in self.rules:
             return _record(eqn, operands, self._by_rule(eqn, operands), loops=loops)
-        if any(0 in v.aval.shape for v in (*eqn.invars, *eqn.outvars) if _has_shape(v)):
-            moved = _values.unknown(eqn, operands, "an empty array")
-            return _record(eqn, operands, moved, loops=loops)
         if name in CALLS:
             inner = self.run(*jaxpr_of(eqn.params), operands, loops)
             moved = Moved([x.dims for x in inner.outs])
@@ -132,6 +129,9 @@ class Propagation:
             return self._cond(eqn, operands, loops)
         if name == "while":
             return self._while(eqn, operands, loops)
+        if _is_empty(eqn) and not _rules.keeps_axes(eqn):
+            moved = _values.unknown(eqn, operands, "an empty array")
+            return _record(eqn, operands, moved, loops=loops)
         moved = _rules.apply(eqn, operands)
         if moved is None:
             self.unknown[name] = self.unknown.get(name, 0) + 1
@@ -206,8 +206,8 @@ class Propagation:
         )
 
 
-def _has_shape(v: Any) -> bool:
-    return hasattr(v.aval, "shape")
+def _is_empty(eqn: Any) -> bool:
+    return any(0 in _values.shape_of(v.aval) for v in (*eqn.invars, *eqn.outvars))
 
 
 def _record(eqn, operands, moved, inner=(), loops: Dims = ()) -> Record:

@@ -11,8 +11,9 @@ from jax import lax
 from jax.extend.core import Literal
 from jaxtyping import Array
 
-from jaxprune.structured import _derivatives, _dims
+from jaxprune.structured import _derivatives
 from jaxprune.structured._dims import Dim
+from jaxprune.structured._kept import Kept
 from jaxprune.structured._propagate import Program, Record, Rule
 from jaxprune.structured._removed import (
     PLAIN_CALLS,
@@ -27,63 +28,6 @@ from jaxprune.tracing._replay import bind
 from jaxprune.tracing._walk import CALLS, scan_operands
 
 
-class Kept:
-    """Which places of each dimension are kept."""
-
-    def __init__(self, units: Mapping[Dim, np.ndarray]):
-        self.units = dict(units)  # boolean, for leaves that lose some
-        self._masks: dict[Dim, np.ndarray] = {}
-        self._changed: dict[Dim, bool] = {}
-
-    def changed(self, d: Dim) -> bool:
-        """Whether `d` loses anything."""
-        d = _dims.find(d)
-        if d not in self._changed:
-            self._changed[d] = any(x in self.units for x in _dims.leaves(d))
-        return self._changed[d]
-
-    def mask(self, d: Dim) -> np.ndarray:
-        """Boolean, for each place of the full dimension."""
-        d = _dims.find(d)
-        if d not in self._masks:
-            self._masks[d] = self._mask(d)
-        return self._masks[d]
-
-    def _mask(self, d: Dim) -> np.ndarray:
-        if d.form == "leaf":
-            return self.units.get(d, np.ones(d.size, bool))
-        parts = [self.mask(p) for p in d.parts]
-        if d.form == "sum":
-            return np.concatenate(parts)
-        found = parts[0]
-        for x in parts[1:]:
-            found = (found[:, None] & x[None, :]).reshape(-1)
-        return found
-
-    def size(self, d: Dim) -> int:
-        """How many places are kept."""
-        d = _dims.find(d)
-        if d.form == "leaf":
-            return int(self.units[d].sum()) if d in self.units else d.size
-        sizes = [self.size(p) for p in d.parts]
-        return math.prod(sizes) if d.form == "product" else sum(sizes)
-
-    def shape(self, dims: Dims) -> tuple[int, ...]:
-        """Of an array with what is kept."""
-        return tuple(map(self.size, dims))
-
-    def places(self, d: Dim) -> np.ndarray:
-        """Of what is kept, in the full dimension."""
-        return np.flatnonzero(self.mask(d))
-
-    def cut(self, x: Any, dims: Dims) -> Any:
-        """What is kept of an array of full size."""
-        for axis, d in enumerate(dims):
-            if self.changed(d):
-                x = jnp.take(jnp.asarray(x), self.places(d), axis=axis, mode="clip")
-        return x
-
-
 class Replay:
     """Evaluates programs with what is kept.
 
@@ -91,16 +35,23 @@ class Replay:
       kept: what is kept.
       rules: of users' own primitives.
       look: at the whole program, for `kept.units`.
+      apart: dimensions that keep other units for each unit of others, and these.
       absent: whether removed units count as never having been, rather than as units
         whose weights are 0.
     """
 
     def __init__(
-        self, kept: Kept, rules: Mapping[str, Rule], look: Look, absent: bool = False
+        self,
+        kept: Kept,
+        rules: Mapping[str, Rule],
+        look: Look,
+        apart: Mapping[Dim, tuple[Dim, ...]],
+        absent: bool = False,
     ):
         self.kept = kept
         self.rules = rules
         self.look = look
+        self.apart = apart
         self.absent = absent
 
     def __call__(

@@ -10,10 +10,11 @@ from jax import core
 
 from jaxprune import _tree
 from jaxprune._tree import PyTree
-from jaxprune.structured import _dims, _state, _trace, _zeros
+from jaxprune.structured import _dims, _local, _state, _trace, _zeros
 from jaxprune.structured._dims import Dim
+from jaxprune.structured._kept import Kept
 from jaxprune.structured._propagate import Rule
-from jaxprune.structured._replay import Kept, Replay
+from jaxprune.structured._replay import Replay
 from jaxprune.structured._trace import Traced
 from jaxprune.structured._values import Dims
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 
 Removed = Literal["zero", "absent"]
+_SETTINGS = (
+    "jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion"
+)  # fmt: skip
 
 
 def rewritten(
@@ -51,11 +55,11 @@ def rewritten(
         if key in read:
             traced, run = read[key]
         else:
-            traced, kept = read_at(plan, fn, full[0], full[1:], rules)
+            traced, kept, apart = read_at(plan, fn, full[0], full[1:], rules)
             look = _zeros.look(
                 traced.program, [*traced.dims, *traced.inputs], kept.units, rules or {}
             )
-            run = Replay(kept, rules or {}, look, absent=removed == "absent")
+            run = Replay(kept, rules or {}, look, apart, absent=removed == "absent")
             if not _has_tracers(traced.program):
                 read[key] = traced, run
         leaves = [*jax.tree.leaves(params), *jax.tree.leaves(args)]
@@ -70,15 +74,20 @@ def read_at(
     params: PyTree,
     args: tuple[Any, ...],
     rules: Mapping[str, Rule] | None,
-) -> tuple[Traced, Kept]:
-    """A function of arguments of full size, and what the plan keeps in it."""
+) -> tuple[Traced, Kept, dict[Dim, tuple[Dim, ...]]]:
+    """A function of arguments of full size, what the plan keeps in it, and `apart`."""
     traced = _trace.read(fn, params, args, rules)
-    return traced, _kept(plan, traced)
+    return traced, *_kept(plan, traced, rules or {})
 
 
 def _signature(tree: PyTree) -> Any:
+    """What the reading of a function depends on, besides the function."""
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef, tuple(jax.typeof(x) for x in leaves)
+    settings = (
+        *(getattr(jax.config, n) for n in _SETTINGS),
+        jax.sharding.get_abstract_mesh(),
+    )
+    return treedef, tuple(jax.typeof(x) for x in leaves), settings
 
 
 def _full(params: PyTree, shapes: Mapping[str, tuple[int, ...]]) -> PyTree:
@@ -120,7 +129,9 @@ def _has_tracers(program: Any) -> bool:
     return here or any(map(_has_tracers, inner))
 
 
-def _kept(plan: "Plan", traced: Traced) -> Kept:
+def _kept(
+    plan: "Plan", traced: Traced, rules: Mapping[str, Rule]
+) -> tuple[Kept, dict[Dim, tuple[Dim, ...]]]:
     """Units that the plan keeps, in another reading of a function.
 
     Raises:
@@ -130,13 +141,14 @@ def _kept(plan: "Plan", traced: Traced) -> Kept:
         for axis, d in enumerate(dims):
             if axis not in plan.input_cuts.get(path, {}):
                 _dims.freeze(d, f"input {path}")
-    axes = [*_places(traced.paths, traced.dims, plan.cuts, plan.shapes)]
+    same = {p: {**axes, **plan.same.get(p, {})} for p, axes in plan.cuts.items()}
+    axes = [*_places(traced.paths, traced.dims, same, plan.shapes)]
     axes += _places(traced.input_paths, traced.inputs, plan.input_cuts, None)
     units: dict[Dim, np.ndarray] = {}
     for _, d, mask in axes:
         if not mask.all():
             for leaf in dict.fromkeys(_dims.leaves(d)):
-                _keep(units, leaf, _trace.units(d, leaf), mask)
+                _keep(units, leaf, _dims.units(d, leaf), mask)
     kept = Kept({d: mask for d, mask in units.items() if not mask.all()})
     for name, d, mask in axes:
         if not np.array_equal(kept.mask(d), mask):
@@ -144,7 +156,44 @@ def _kept(plan: "Plan", traced: Traced) -> Kept:
         why = [w for x in _dims.leaves(d) if x in kept.units for w in x.frozen]
         if why:
             _refuse(name, "; ".join(dict.fromkeys(why)))
-    return kept
+    return kept, _apart(plan, traced, rules)
+
+
+def _apart(
+    plan: "Plan", traced: Traced, rules: Mapping[str, Rule]
+) -> dict[Dim, tuple[Dim, ...]]:
+    """Dimensions with other units in each layer or head, and these.
+
+    Raises:
+      ValueError: if this reading relates the units of one to those of another.
+    """
+    found: dict[Dim, tuple[Dim, ...]] = {}
+    names = {}
+    for name, x in ((n, x) for n, xs in plan.apart.items() for x in xs):
+        dims = traced.dims[traced.paths.index(x.path)]
+        known = [
+            y
+            for i, units in zip(x.axes, x.units, strict=True)
+            for y in dict.fromkeys(_dims.leaves(dims[i]))
+            if np.array_equal(_dims.units(dims[i], y), units)
+        ]
+        if len(known) < len(x.axes):
+            _refuse(name, f"{_APART}, and here they are no units of one axis")
+        d, *held = known
+        found[d] = tuple(dict.fromkeys((*found.get(d, ()), *held)))
+        if names.setdefault(d, name) != name:
+            _refuse(name, f"{_APART}, and here are those of {names[d]} too")
+    among = dict.fromkeys(y for d, held in found.items() for y in (d, *held))
+    owners = _local.owners(traced.program, among, rules) if found else {}
+    for d, held in found.items():
+        if not set(held) <= set(owners[d]):
+            _refuse(
+                names[d], f"{_APART}, and here are told by number, or meet one another"
+            )
+    return found
+
+
+_APART = "its units differ from layer to layer, or head to head"
 
 
 def _places(

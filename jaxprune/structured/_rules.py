@@ -44,6 +44,13 @@ def is_pointwise(eqn: Any) -> bool:
     return eqn.primitive.name in _POINTWISE or eqn.primitive.name in _AS_IT_WAS
 
 
+def keeps_axes(eqn: Any) -> bool:
+    """Whether axes of the output are axes of the operands, whatever their sizes."""
+    names = {"dot_general", "transpose", "broadcast_in_dim", "squeeze", "expand_dims"}
+    name = eqn.primitive.name
+    return is_pointwise(eqn) or name in _REDUCTIONS or name in names
+
+
 def apply(eqn: Any, operands: Sequence[Operand]) -> Moved | None:
     """Dimensions of the outputs; `None` for a primitive that is not known here."""
     name = eqn.primitive.name
@@ -175,10 +182,10 @@ def _ragged(eqn: Any, operands: Sequence[Operand]) -> Moved | None:
     return Moved([(*(d for i, d in enumerate(left) if i not in l_axes), *rest)])
 
 
-def _reshape(eqn: Any, operands: Sequence[Operand]) -> Moved | None:
-    if eqn.params.get("dimensions") is not None:
-        return None
+def _reshape(eqn: Any, operands: Sequence[Operand]) -> Moved:
     dims, shape = operands[0].dims, eqn.outvars[0].aval.shape
+    order = eqn.params.get("dimensions")
+    dims = dims if order is None else tuple(dims[i] for i in order)
     out = list(_dims.fresh(shape))
     for old, new in aligned([d.size for d in dims], shape):
         before = [d for d in (dims[i] for i in old) if d.size != 1]
@@ -359,8 +366,10 @@ _RULES: dict[str, Callable[[Any, Sequence[Operand]], Moved | None]] = {
     "expand_dims": _expand_dims,
     "gather": _indexing.gather,
     "debug_callback": _free,
+    "debug_print": _free,
     "iota": _free,
     "pad": _pad,
+    "platform_index": _free,
     "ragged_dot_general": _ragged,
     "random_bits": _random,
     **dict.fromkeys(

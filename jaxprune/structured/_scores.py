@@ -1,13 +1,17 @@
 """How much each unit of each group matters."""
 
+import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _tree
 from jaxprune._tree import PyTree
-from jaxprune.structured._trace import INPUT, Graph
+from jaxprune.structured import _local
+from jaxprune.structured._dims import Dim
+from jaxprune.structured._trace import INPUT, Graph, Member
 
 
 def score_groups(
@@ -16,6 +20,7 @@ def score_groups(
     criterion: Any = "l2",
     *,
     gradients: PyTree = None,
+    apart: bool = False,
 ) -> dict[str, np.ndarray]:
     """A score for each unit of each group: more is kept.
 
@@ -30,9 +35,11 @@ def score_groups(
         (LLM-Pruner's element-wise form); or a pytree shaped like `params` with a score
         for each weight, which are summed.
       gradients: of the loss, shaped like `params`; for `"taylor"`.
+      apart: whether units of different layers of a scan, and of different heads, are
+        scored apart, where they may be chosen so; see `Graph.within`.
 
     Returns:
-      Scores, float32 [units], by name of the group.
+      Scores, float32 [units], by name of the group; with `apart`, [*owners, units].
 
     Raises:
       ValueError: if the criterion is not known, gradients are missing, or a tree does not
@@ -56,22 +63,47 @@ def score_groups(
         scored = _by_name(graph, weights, criterion, gradients)
     else:
         scored = by_path(graph, criterion, "criterion")
+    owners = graph._owners() if apart else {}
     found = {}
     for group in graph.groups:
-        sums = jnp.zeros(group.size, jnp.float32)
+        held = owners.get(group.members[0]._leaf, ())
+        sizes = *(h.size for h in held), group.size
+        sums = jnp.zeros(math.prod(sizes), jnp.float32)
         for member in group.members:
             if member.path.startswith(INPUT):
                 continue
-            x = scored[member.path]
-            rest = tuple(i for i in range(x.ndim) if i != member.axis)
-            each = jnp.sum(x, axis=rest, dtype=jnp.float32)
-            places = member.units
+            x, places = scored[member.path], _numbers(graph, member, held)
+            rest = tuple(i for i in range(x.ndim) if places.shape[i] == 1 < x.shape[i])
+            each = _whole(
+                jnp.sum(x, axis=rest, dtype=jnp.float32, keepdims=True)
+            ).ravel()
             hit = np.flatnonzero(places >= 0)
-            sums = sums.at[places[hit]].add(each[hit])
-        found[group.name] = np.asarray(
-            jnp.sqrt(sums) if criterion_is(criterion, "l2") else sums
-        )
+            sums = sums.at[places.ravel()[hit]].add(each[hit])
+        sums = jnp.sqrt(sums) if criterion_is(criterion, "l2") else sums
+        found[group.name] = np.asarray(sums).reshape(sizes)
     return found
+
+
+def _whole(x: Any) -> Any:
+    """The same on every device, so that units can be found by number."""
+    sharding = jax.typeof(x).sharding
+    whole = sharding.update(spec=jax.P())
+    return jax.sharding.reshard(x, whole) if any(sharding.spec) else x
+
+
+def _numbers(graph: Graph, member: Member, held: tuple[Dim, ...]) -> np.ndarray:
+    """Of the unit that each place belongs to, counted over all owners; -1 for none.
+
+    It is of the rank of the leaf, of size 1 in axes that do not matter.
+    """
+    traced, axis = graph._traced, member.axis
+    dims = traced.dims[traced.paths.index(member.path)]
+    found = _local.along(dims, axis, member._leaf)
+    ahead, step = np.zeros_like(found), member._leaf.size
+    for h in held[::-1]:
+        ahead = ahead + step * _local.along(dims, _local.axis_of(dims, axis, h), h)
+        step *= h.size
+    return np.where(found < 0, -1, found + ahead)
 
 
 def criterion_is(criterion: Any, name: str) -> bool:
@@ -138,5 +170,5 @@ def as_real(x: Any) -> Any:
     if not hasattr(x, "dtype") or jnp.issubdtype(x.dtype, jnp.number):
         x = jnp.asarray(x)
         x = jnp.abs(x) if jnp.iscomplexobj(x) else x
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
     return jnp.zeros(np.shape(x), jnp.float32)

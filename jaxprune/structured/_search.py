@@ -14,10 +14,10 @@ from jaxprune._tree import PyTree
 from jaxprune.calibration import Statistics
 from jaxprune.structured import _obs
 from jaxprune.structured._biases import replaced
-from jaxprune.structured._choose import planned
 from jaxprune.structured._flap import UNITS, unit_costs
 from jaxprune.structured._kinds import Kind
 from jaxprune.structured._plan import Plan
+from jaxprune.structured._planned import planned
 from jaxprune.structured._trace import Graph
 
 

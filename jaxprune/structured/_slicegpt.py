@@ -12,9 +12,9 @@ from jaxprune import _tree, calibration
 from jaxprune._tree import PyTree
 from jaxprune.structured import _consumers
 from jaxprune.structured._biases import replaced
-from jaxprune.structured._choose import planned
 from jaxprune.structured._facts import PRODUCTS, Fact, Facts, follow
 from jaxprune.structured._plan import Plan
+from jaxprune.structured._planned import planned
 from jaxprune.structured._propagate import Record
 from jaxprune.structured._scores import by_path
 from jaxprune.structured._trace import INPUT, Graph, trace

@@ -1,7 +1,7 @@
 """Cuts trees at planned places: parameters, and whatever has subtrees like them."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,23 +9,11 @@ import numpy as np
 
 from jaxprune import _tree, masks
 from jaxprune._tree import PyTree
+from jaxprune.structured._cut import cut, cut_shape
 
+_WANTED = {"full": "those that were traced", "shrunk": "what plan.shrink gives"}
 Cuts: TypeAlias = dict[str, dict[int, np.ndarray]]
 """By path, then axis: the places that are kept."""
-
-
-def cut(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
-    """What is kept of an array, or the shape of it."""
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(cut_shape(x.shape, axes), x.dtype)
-    for axis, places in axes.items():
-        x = jnp.take(x, places, axis=axis)
-    return x
-
-
-def cut_shape(shape: Sequence[int], axes: Mapping[int, np.ndarray]) -> tuple[int, ...]:
-    """Of what is kept."""
-    return tuple(len(axes[i]) if i in axes else n for i, n in enumerate(shape))
 
 
 def cut_shapes(
@@ -71,9 +59,12 @@ def _mask(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
     shape = jnp.shape(x)
     found = jnp.ones((1,) * len(shape), bool)
     for axis, places in axes.items():
-        kept = np.zeros(shape[axis], bool)
-        kept[places] = True
-        found &= kept.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        if places.ndim == 1:
+            places = places.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        sizes = [shape[i] if i == axis else n for i, n in enumerate(places.shape)]
+        kept = np.zeros(sizes, bool)
+        np.put_along_axis(kept, places, True, axis)
+        found &= kept
     return found
 
 
@@ -129,6 +120,7 @@ def _cut_named(
             (p for p in by_length if f"/{path}".endswith(f"/{p}") or not p), None
         )
         if owner is None or _tree.is_hole(x):
+            _check_not_below(path, x, shapes, cuts)
             new.append(x)
         elif isinstance(x, masks.PackedMask):
             axes = cuts.get(owner, {})
@@ -136,6 +128,16 @@ def _cut_named(
         else:
             new.append(_cut_like(x, owner, shapes[owner], cuts))
     return treedef.unflatten(new)
+
+
+def _check_not_below(
+    path: str, x: Any, shapes: Mapping[str, tuple[int, ...]], cuts: Cuts
+) -> None:
+    """Refuses what a state keeps in parts for a parameter, if it may have to be cut."""
+    for owner, axes in cuts.items():
+        sizes = {shapes[owner][a] for a in axes}
+        if f"/{owner}/" in f"/{path}/" and sizes.intersection(np.shape(x)):
+            _refuse(path, owner, np.shape(x), shapes[owner])
 
 
 def _is_packed(x: Any) -> bool:
@@ -147,20 +149,38 @@ def _cut_like(x: Any, path: str, shape: tuple[int, ...], cuts: Cuts) -> Any:
     axes, own = cuts.get(path, {}), jnp.shape(x)
     if not axes or int(np.prod(own)) <= 1:
         return x
-    if own == shape:
-        return cut(x, axes)
+    ahead = len(own) - len(shape)
+    if ahead >= 0 and own[ahead:] == shape:  # a history of them is stacked, say
+        return cut(x, {a + ahead: _behind(places, ahead) for a, places in axes.items()})
     # Factored moments are a mean over one axis.
     gone = [i for i in range(len(shape)) if shape[:i] + shape[i + 1 :] == own]
     found = [
         {a - (a > i): places for a, places in axes.items() if a != i} for i in gone
     ]
-    if not found or any(not _same(found[0], other) for other in found[1:]):
-        raise ValueError(
-            f"state: a leaf that belongs to {path} has the shape {own}, and the parameter has "
-            f"{shape}, so that it cannot be told what to remove. Take it out of the state, "
-            "and initialise it from the shrunk parameters."
-        )
+    order = [np.argsort(s)[-2:].tolist() for s in (shape, cut_shape(shape, axes))]
+    if (
+        not found
+        or any(places.ndim > 1 for places in axes.values())
+        or order[0] != order[1]  # optax tells rows from columns by the larger size
+        or any(not _same(found[0], other) for other in found[1:])
+    ):
+        _refuse(f"a leaf that belongs to {path}", path, own, shape)
     return cut(x, found[0])
+
+
+def _behind(places: np.ndarray, ahead: int) -> np.ndarray:
+    """The same for an array with axes ahead of those of the parameter."""
+    return places if places.ndim == 1 else places.reshape((1,) * ahead + places.shape)
+
+
+def _refuse(
+    name: str, path: str, own: tuple[int, ...], shape: tuple[int, ...]
+) -> NoReturn:
+    raise ValueError(
+        f"state: {name} has the shape {own}, and the parameter {path} has {shape}, so that "
+        "it cannot be told what to remove. Take it out of the state, and initialise it from "
+        "the shrunk parameters."
+    )
 
 
 def _same(a: Mapping[int, np.ndarray], b: Mapping[int, np.ndarray]) -> bool:
@@ -179,13 +199,14 @@ def check_shapes(
         if path not in found:
             raise ValueError(
                 f"{name}: there is no leaf {path}, which the plan has with the shape {shape}. "
-                f"Pass the tree that was traced. It has: {_tree.listing(list(found))}."
+                "Pass the tree that was traced; masks and states that have fewer leaves go "
+                f"through shrink_state. It has: {_tree.listing(list(found))}."
             )
         if tuple(found[path]) != tuple(shape):
             raise ValueError(
                 f"{name}: {path} has the shape {tuple(found[path])}, and the {which} shape in "
                 f"the plan is {tuple(shape)}. The plan is for another model, or for "
-                "parameters of another size."
+                f"parameters of another size: pass {_WANTED[which]}."
             )
     for path in found:
         if path not in wanted and name == "params":

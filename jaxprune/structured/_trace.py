@@ -5,6 +5,7 @@ such groups from a graph of modules. Here they come from the primitives of a jax
 factors and segments of axes, and nothing is guessed: what is not understood stays whole.
 """
 
+import collections
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +18,15 @@ import numpy as np
 from jaxprune import _tree
 from jaxprune._groups import Groups
 from jaxprune._tree import PyTree
-from jaxprune.structured import _coupled, _dims, _kinds, _values, _zeros
+from jaxprune.structured import (
+    _coupled,
+    _dims,
+    _kinds,
+    _local,
+    _picture,
+    _values,
+    _zeros,
+)
 from jaxprune.structured._dims import Dim
 from jaxprune.structured._kinds import Kind
 from jaxprune.structured._propagate import Program, Propagation, Rule
@@ -69,7 +78,7 @@ class Member:
     @property
     def units(self) -> np.ndarray:
         """For each place along the axis the unit that it belongs to, or -1."""
-        return units(self._dim, self._leaf)
+        return _dims.units(self._dim, self._leaf)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,6 +122,7 @@ class Graph:
     shapes: dict[str, tuple[int, ...]]
     _traced: Traced = dataclasses.field(repr=False)
     _dtypes: dict[str, Any] = dataclasses.field(repr=False)
+    _rules: Mapping[str, Rule] = dataclasses.field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> Group:
         """The group of this name, or of an axis `path:axis` that is all of a member."""
@@ -179,6 +189,60 @@ class Graph:
 
         return _coupled.as_groups(self.groups, kinds, stays)
 
+    def within(self, name: str) -> tuple[str, ...]:
+        """Groups for each unit of which a group may keep units of its own.
+
+        In the layers of a scan, or in heads, the same number of units must stay, but not
+        the same ones, if nothing relates units of one to those of another by their number.
+        `structured.planned` then takes an array of numbers for each layer or head, and
+        `score_groups(..., apart=True)` gives scores for each.
+
+        Args:
+          name: of the group, as `graph[name]` knows it.
+
+        Returns:
+          Names of groups, in the order of the axes of such an array; often none.
+        """
+        leaf = self[name].members[0]._leaf
+        names = {g.members[0]._leaf: g.name for g in self.groups}
+        return tuple(names[h] for h in self._owners()[leaf])
+
+    def _owners(self) -> dict[Dim, tuple[Dim, ...]]:
+        among = [g.members[0]._leaf for g in self.groups]
+        found = _local.owners(self._traced.program, among, self._rules)
+        for g in self.groups:
+            if any(m.path.startswith(INPUT) for m in g.members):
+                found[g.members[0]._leaf] = ()  # inputs are cut the same everywhere
+        order = {d: i for i, d in enumerate(among)}
+        # Of two that own each other one does: it is cut by what the other was.
+        return {
+            d: tuple(h for h in held if d not in found[h] or order[d] > order[h])
+            for d, held in found.items()
+        }
+
+    def plot(self, plan: Any = None, *, where: Patterns = "*", ax: Any = None) -> Any:
+        """Draws where the units of each group lie; needs matplotlib.
+
+        A row is a leaf, a strip one of its axes, and a colour a group; odd units are a
+        little lighter. Where several groups make up an axis, as heads and their width do,
+        the strip has a layer for each.
+
+        Args:
+          plan: of this graph, if any: places that it removes are white.
+          where: glob patterns of the leaves to draw.
+          ax: axes of matplotlib; without them there is a new figure.
+
+        Returns:
+          The axes.
+
+        Raises:
+          ValueError: if a pattern matches no leaf.
+        """
+        paths = [p for p, shape in self.shapes.items() if shape]
+        _check_patterns("where", where, paths)
+        paths = [p for p in paths if _matches(p, where)]
+        return _picture.draw(self, paths, plan, ax)
+
     def __str__(self) -> str:
         rows = [("group", "kind", "units", "axes", "notes")]
         for g in self.groups:
@@ -233,7 +297,8 @@ def trace(
       rules: by name of a primitive that is not known here, what it does with axes.
 
     Raises:
-      ValueError: if a pattern matches nothing, or `tie` names no groups of one size.
+      ValueError: if a pattern matches nothing, `tie` names no groups of one size, or two
+        leaves have one path.
 
     Example:
       >>> def fn(params, x):
@@ -248,6 +313,7 @@ def trace(
       {'down:1': ('output',), 'up:0': ('input 0',)}
     """
     traced = read(fn, params, args, rules)
+    _check_unique(traced.paths)
     _check_patterns("ignore", ignore, traced.paths)
     _check_patterns("resizable_inputs", resizable_inputs, traced.input_paths)
     for path, dims in zip(traced.paths, traced.dims, strict=True):
@@ -280,6 +346,7 @@ def trace(
         shapes={p: _values.shape_of(x) for p, x in leaves.items()},
         _traced=traced,
         _dtypes={p: jax.dtypes.result_type(x) for p, x in leaves.items()},
+        _rules=rules or {},
     )
 
 
@@ -291,6 +358,7 @@ def read(
 ) -> Traced:
     """Dimensions of everything in `fn(params, *args)`; nothing is frozen by its place."""
     closed, shape = jax.make_jaxpr(fn, return_shape=True)(params, *args)
+    _check_sizes(closed.jaxpr.invars)
     paths, inputs = _tree.paths(params), _tree.paths(args)
     dims = [_dims.fresh(v.aval.shape) for v in closed.jaxpr.invars]
     operands = [Operand(d, i >= len(paths)) for i, d in enumerate(dims)]
@@ -305,6 +373,15 @@ def read(
         jax.tree.structure(shape),
         propagation.unknown,
     )
+
+
+def _check_sizes(values: Iterable[Any]) -> None:
+    for v in values:
+        if not all(isinstance(n, int) for n in v.aval.shape):
+            raise ValueError(
+                f"args: got an array of the shape {v.aval.shape}; expected numbers. A function "
+                "is read at sizes that are known: export it once for each of them."
+            )
 
 
 def _fixed(traced: Traced, which: bool | Patterns) -> list[Operand]:
@@ -329,20 +406,6 @@ def _is_used(program: Program, i: int) -> bool:
             ):
                 return True
     return False
-
-
-def units(d: Dim, leaf: Dim) -> np.ndarray:
-    """For each place along `d` the unit of `leaf`, or -1."""
-    d = _dims.find(d)
-    if d.form == "leaf":
-        return np.arange(d.size) if d is leaf else np.full(d.size, -1)
-    parts = [units(p, leaf) for p in d.parts]
-    if d.form == "sum":
-        return np.concatenate(parts)
-    found = parts[0]
-    for x in parts[1:]:
-        found = np.where(found[:, None] >= 0, found[:, None], x[None, :]).reshape(-1)
-    return found
 
 
 def _axes(traced: Traced, resizable: Patterns) -> list[tuple[str, int, Dim]]:
@@ -414,11 +477,15 @@ def _expression(d: Dim, leaf: Dim, name: str) -> str:
     if d.form == "leaf":
         return name if d is leaf else str(d.size)
     sign = "*" if d.form == "product" else "+"
-    return f"({sign.join(_expression(p, leaf, name) for p in d.parts)})"
+    return f"({sign.join(_expression(p, leaf, name) for p in _dims.parts(d))})"
 
 
 def _tie(axes: Sequence[tuple[str, int, Dim]], pair: tuple[str, str]) -> None:
     known: dict[str, Dim] = {}
+    if isinstance(pair, str) or len(pair) != 2:
+        raise ValueError(
+            f"tie: got {pair!r}; expected pairs of names, such as [('q:1', 'v:1')]."
+        )
     for path, axis, d in axes:
         parts = _dims.leaves(d)
         known[f"{path}:{axis}"] = d
@@ -441,6 +508,14 @@ def _tie(axes: Sequence[tuple[str, int, Dim]], pair: tuple[str, str]) -> None:
 def _matches(path: str, patterns: Patterns) -> bool:
     patterns = [patterns] if isinstance(patterns, str) else patterns
     return any(fnmatch.fnmatchcase(path, p) for p in patterns)
+
+
+def _check_unique(paths: Sequence[str]) -> None:
+    if twice := [p for p, n in collections.Counter(paths).items() if n > 1]:
+        raise ValueError(
+            f"params: several leaves have the path {twice[0]}, so that they cannot be told "
+            "apart. A leading params/ and a / in a key do not count. Rename one of them."
+        )
 
 
 def _check_patterns(name: str, patterns: Patterns, paths: Sequence[str]) -> None:

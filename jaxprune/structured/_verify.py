@@ -51,12 +51,12 @@ def verified(
     masked_args = plan.mask_inputs(*args)
     expected = jax.jit(fn)(plan.mask(params), *masked_args)
     small = jax.jit(plan.rewrite(fn, rules=rules))(plan.shrink(params), *small_args)
-    traced, kept = read_at(plan, fn, params, args, rules)
+    traced, kept, _ = read_at(plan, fn, params, args, rules)
     paths, wanted, _ = _tree.flatten(expected)
     got = _tree.flatten(small)[1]
     outs = iter(traced.program.outs)
     errors = {
-        p: _error(kept.cut(x, next(outs).dims), y)
+        p: difference(kept.cut(x, next(outs).dims), y)
         for p, x, y in zip(paths, wanted, got, strict=True)
         if not _tree.is_hole(x)
     }
@@ -64,7 +64,7 @@ def verified(
     reasons = [
         f"{name}: {note}"
         for name, g in plan.groups.items()
-        if len(g.kept) < g.size
+        if g.left < g.size
         for note in g.notes
     ]
     if any(np.isnan(e) for e in errors.values()):
@@ -74,7 +74,8 @@ def verified(
     return Verification(equal, errors, () if equal else tuple(reasons))
 
 
-def _error(expected: Any, found: Any) -> float:
+def difference(expected: Any, found: Any) -> float:
+    """The largest one, relative to the largest value; infinite where shapes differ."""
     if jnp.shape(expected) != jnp.shape(found):
         return float("inf")
     if not jnp.issubdtype(jnp.asarray(expected).dtype, jnp.number):

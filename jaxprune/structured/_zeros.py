@@ -39,14 +39,14 @@ _FIXED = frozenset(
     "reshape transpose squeeze expand_dims broadcast_in_dim slice split rev tile "
     "reduce_max reduce_min reduce_sum reduce_prod reduce_window_sum reduce_window_max "
     "reduce_window_min cumsum cummax cummin cumprod dynamic_slice unstack "
-    "bitcast_convert_type".split()
+    "bitcast_convert_type scatter-mul scatter_mul".split()
 )
 _ALL_ZERO = frozenset(
     "add sub max min add_any select_n clamp or xor concatenate stack pad rem atan2 "
     "dynamic_update_slice scatter scatter-add scatter_add complex nextafter sort".split()
 )
-_PRODUCTS = frozenset("mul and scatter-mul scatter_mul".split())
-_INFINITE = frozenset("rsqrt log div pow integer_pow".split())
+_PRODUCTS = frozenset("mul and".split())
+_INFINITE = frozenset("rsqrt log div rem lgamma digamma pow integer_pow".split())
 CHECKPOINTS = frozenset("remat remat2 checkpoint".split())
 _LARGE = 1 << 20
 
@@ -132,6 +132,7 @@ class Look:
             not record.inner
             and any(z is not None for z in zeros)
             and not any(self.among(x.dims) for x in record.operands)
+            and not any(map(self.among, record.outs))
         ):
             return [_NOTHING] * n
         if name == "scan":
@@ -237,12 +238,20 @@ class Look:
         ]
         found = self.among(record.outs[0])
         if record.eqn.primitive.name == "pad" and zeros[1] is not None:
-            found &= having[0][0]
+            found &= self.unpadded(record)
         return frozenset(
             d
             for d in found
             if all(z is None or d in z for has, z in having if d in has)
         )
+
+    def unpadded(self, record: Record) -> frozenset[Dim]:
+        """Dimensions at whose units nothing is padded: those of all axes with edges."""
+        dims, here = record.operands[0].dims, self.occurrences(record.outs[0])
+        edges = record.eqn.params["padding_config"]
+        padded = [self._leaves(d) for d, e in zip(dims, edges, strict=True) if any(e)]
+        found = self.among(dims).intersection(*padded)
+        return frozenset(d for d in found if here[d] < 2)
 
     def stays_zero(self, record: Record) -> bool:
         """Whether f(0) = 0 of a comparison with numbers."""
@@ -313,7 +322,7 @@ class Look:
                 exponent = eqn.invars[1].val
             if exponent >= 0:
                 return
-        z = zeros[1 if name == "div" else 0]
+        z = zeros[1 if name in ("div", "rem") else 0]
         met = self.among(record.operands[0].dims)
         self.note(met if z is None else z & met, f"{name} of 0 without weights")
 

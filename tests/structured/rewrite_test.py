@@ -63,6 +63,25 @@ def test_jit_grad_vmap_and_scan(half):
     close(hessian, jax.hessian(lambda x: fn(plan.mask(P), x[None]).sum())(X[0]), 1e-4)
 
 
+def test_a_function_is_read_anew_where_its_precision_is_another(half):
+    fn = two_layers(jnp.tanh)
+    plan = half(structured.trace(fn, P, X))
+    small, small_fn = plan.shrink(P), plan.rewrite(fn)
+    with jax.default_matmul_precision("highest"):
+        assert "HIGHEST" in str(jax.make_jaxpr(small_fn)(small, X))
+    assert "HIGHEST" not in str(jax.make_jaxpr(small_fn)(small, X))
+
+
+def test_sizes_without_a_number_are_refused(half):
+    fn = two_layers(jnp.tanh)
+    plan = half(structured.trace(fn, P, X))
+    shape = jax.export.symbolic_shape("b, 4")
+    with pytest.raises(ValueError, match="export it once for each"):
+        jax.eval_shape(
+            plan.rewrite(fn), plan.shrink(P), jax.ShapeDtypeStruct(shape, float)
+        )
+
+
 def test_another_function_of_the_same_parameters(half):
     fn = two_layers(jnp.tanh)
     plan = half(structured.trace(fn, P, X))
@@ -110,6 +129,34 @@ def test_arrays_on_a_mesh(kind, half):
             placed = jax.device_put(plan.shrink(p), on())
         found = jax.jit(plan.rewrite(fn))(placed, jax.device_put(x, on("data")))
     close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("n", [8, 6], ids=["divides", "not"])
+def test_leaves_on_a_mesh_stay_where_they_are(kind, n):
+    mesh, on = _on_a_mesh(jax.sharding.AxisType[kind])
+    out = {"out_sharding": jax.P("data")} if kind == "Explicit" else {}
+
+    def fn(p, x):
+        return jnp.einsum("bi,ij->bj", jnp.tanh(x @ p["a"]), p["b"], **out)
+
+    whole = {"a": jnp.sin(jnp.arange(64.0)).reshape(4, 16), "b": jnp.ones((16, 3))}
+    with jax.set_mesh(mesh):
+        places = {"a": on(None, "model"), "b": on("model")}
+        p, x = (
+            jax.device_put(whole, places),
+            jax.device_put(jnp.ones((8, 4)), on("data")),
+        )
+        graph = structured.trace(fn, p, x)
+        scores = structured.score_groups(graph, p)
+        close(scores["a:1"] ** 2, (whole["a"] ** 2).sum(0) + 3, 1e-4)
+        plan = structured.planned(graph, {"a:1": np.arange(n)})
+        assert plan.verify(fn, p, x).equal
+        small = plan.shrink(p)
+        close(small["a"], whole["a"][:, :n])
+        assert n == 6 or small["a"].sharding.is_equivalent_to(places["a"], 2)
+        if kind == "Explicit":
+            assert jax.jit(plan.shrink)(p)["a"].sharding == small["a"].sharding
 
 
 @jax.custom_jvp
@@ -167,8 +214,33 @@ def test_a_derivative_that_mixes_units_is_refused(half):
     plan = half(structured.trace(fn, P, X))
     small, small_fn = plan.shrink(P), plan.rewrite(fn)
     close(small_fn(small, X), fn(plan.mask(P), X))
-    with pytest.raises(ValueError, match="derivative rule .* cannot be run .* sort"):
-        jax.grad(lambda p: small_fn(p, X).sum())(small)
+    for _ in range(2):  # what a refused rule couples must not stay
+        with pytest.raises(
+            ValueError, match="derivative rule .* cannot be run .* sort"
+        ):
+            jax.grad(lambda p: small_fn(p, X).sum())(small)
+    close(small_fn(small, X), fn(plan.mask(P), X))
+
+
+def test_a_derivative_that_couples_operands_is_refused(half):
+    @jax.custom_vjp
+    def f(x, w):
+        return jnp.tanh(x) * w.sum()
+
+    f.defvjp(lambda x, w: (f(x, w), (x, w)), lambda r, g: (g * r[1], (g * r[0]).sum(0)))
+
+    def fn(p, x):
+        return f(x @ p["a"], p["w"]) @ p["b"]
+
+    p = {**P, "w": jnp.arange(8.0)}
+    graph = structured.trace(fn, p, X)
+    for names in (["b:0"], ["w:0"], ["b:0", "w:0"]):
+        plan = half(graph, [graph[n].name for n in names])
+        small, small_fn = plan.shrink(p), plan.rewrite(fn)
+        for _ in range(2):
+            close(small_fn(small, X), fn(plan.mask(p), X))
+            with pytest.raises(ValueError, match="it couples units"):
+                jax.grad(lambda p, f=small_fn: f(p, X).sum())(small)
 
 
 def _normed(p, x):

@@ -93,6 +93,19 @@ def test_ties_couple_groups_that_the_function_does_not():
         structured.trace(fn, P, X, tie=[("a:0", "b:1")])
 
 
+def test_what_depends_on_the_platform_and_prints():
+    def fn(p, x):
+        h = jax.lax.platform_dependent(x @ p["a"], cpu=jnp.tanh, default=jnp.sin)
+        jax.debug.print("{}", h.sum())
+        return jax.lax.reshape(h, (8, 5), dimensions=(1, 0)).T @ p["b"]
+
+    p = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 3))}
+    graph = structured.trace(fn, p, jnp.ones((5, 4)))
+    assert graph["b:0"].size == 8 and not graph.unknown
+    plan = structured.planned(graph, {"b:0": [1, 2]})
+    assert plan.verify(fn, p, jnp.ones((5, 4))).equal
+
+
 def test_patterns_that_match_nothing_are_refused():
     with pytest.raises(ValueError, match="ignore: the pattern 'z' matches no leaf"):
         structured.trace(fn, P, X, ignore="z")
@@ -151,6 +164,76 @@ def test_a_large_model_is_traced_from_shapes_alone():
     plan = structured.plan(graph, scores, ratio=0.5, round_to=128)
     assert plan.small_shapes["down"] == (80, 16384, 4096)
     assert plan.before.parameters == sum(np.prod(x.shape) for x in p.values())
+
+
+@pytest.mark.parametrize("name", ["of inputs", "of units", "there and back"])
+def test_a_thousand_pieces_are_no_chain(name):
+    n = 1100
+
+    def fn(p, x):
+        h = jnp.tanh(x @ p["a"])
+        if name == "of inputs":
+            return sum(h[i] @ p["b"] for i in range(n))
+        if name == "of units":
+            return sum(h[:, i] for i in range(n))
+        return jnp.concatenate(jnp.split(h, n, -1)[::-1], -1) @ p["b"]
+
+    x = jnp.ones((n, 4) if name == "of inputs" else (3, 4))
+    width = 6 if name == "of inputs" else n
+    p = {"a": jnp.ones((4, width)), "b": jnp.ones((width, 2))}
+    graph = structured.trace(fn, p, x)
+    assert [g.size for g in graph.groups] == ([6] if name == "of inputs" else [])
+
+
+def test_a_picture_shows_units_and_what_is_removed():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("Agg")
+
+    def fn(p, x):
+        h = (x @ p["a"]).reshape(5, 3, 2)
+        return jnp.tanh(h).reshape(5, 6) @ p["b"]
+
+    p = {"a": jnp.ones((4, 6)), "b": jnp.ones((6, 2)), "s": jnp.ones(())}
+    graph = structured.trace(fn, p, jnp.ones((5, 4)))
+    assert [g.size for g in graph.groups] == [3, 2]
+    plan = structured.planned(graph, {graph.groups[0].name: [0, 2]})
+    ax = graph.plot(plan)
+    (image,) = ax.images
+    labels = [t.get_text() for t in ax.get_legend().get_texts()]
+    assert labels == [
+        f"{graph.groups[0].name} ({graph.groups[0].kind}, 2 of 3)",
+        f"{graph.groups[1].name} ({graph.groups[1].kind}, 2 of 2)",
+        "stays whole",
+    ]
+    row = image.get_array()[8]  # of "a", in the layer of the first group
+    assert (row[:120] == row[0]).all()  # frozen
+    second = row[132:252].reshape(6, 20, 3)[:, 10]  # a place every 20 pixels
+    white = (second == 1).all(-1)
+    assert white.tolist() == [False, False, True, True, False, False]
+    assert (second[0] == second[1]).all() and (second[0] != row[0]).any()
+    lower = image.get_array()[16][132:252].reshape(6, 20, 3)[:, 10]
+    assert (lower[0] != lower[1]).any() and (lower[0] == lower[4]).all()
+    assert len(graph.plot(where="b").get_yticklabels()) == 1
+    with pytest.raises(ValueError, match="where: the pattern 'z' matches no leaf"):
+        graph.plot(where="z")
+    pyplot.close("all")
+
+
+def test_leaves_of_one_path_are_refused():
+    p = {"x/a": jnp.ones((4, 8)), "x": {"a": jnp.ones((8, 3))}}
+    with pytest.raises(ValueError, match="several leaves have the path x/a"):
+        structured.trace(lambda p, x: x @ p["x/a"] @ p["x"]["a"], p, X)
+
+
+def test_an_empty_batch():
+    def fn(p, x):
+        return jax.nn.relu(x @ p["a"]) @ p["b"]
+
+    p = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 3))}
+    graph = structured.trace(fn, p, X[:0])
+    assert [g.size for g in graph.groups] == [8]
+    plan = structured.planned(graph, {"a:1": [0, 1]})
+    assert plan.rewrite(fn)(plan.shrink(p), X[:0]).shape == (0, 3)
 
 
 # ---- dimensions

@@ -69,6 +69,17 @@ def test_what_removed_units_would_add_is_added(f, half):
     )
 
 
+def test_what_is_padded_counts_whatever_else_is_removed():
+    def fn(p, x):
+        return jax.nn.softmax(jnp.pad(x @ p["a"], [(0, 0), (1, 2)]), -1) @ p["wide"]
+
+    p = {**P, "wide": jnp.cos(jnp.arange(33.0)).reshape(11, 3)}
+    graph = structured.trace(fn, p, X)
+    edge = next(g for g in graph.groups if g.size == 2)
+    assert not edge.notes
+    assert structured.planned(graph, {edge.name: [0]}).verify(fn, p, X).equal
+
+
 def outer_sums(h):
     return jnp.tanh(h[:, :, None] + h[:, None, :]).sum((1, 2))
 
@@ -102,9 +113,22 @@ def chosen(h):
     return lax.top_k(h, 2)[0].sum(-1)
 
 
+def scaled_rows(h):
+    return jax.nn.sigmoid(h).at[jnp.zeros(1, int)].multiply(h[:1]).sum(-1)
+
+
+def rows_of_ones(h):
+    return jnp.pad(h, [(1, 0), (0, 0)], constant_values=1.0).sum(-1)
+
+
+def poles(h):
+    return jnp.exp(-lax.lgamma(h)).sum(-1) + lax.digamma(h).max(-1)
+
+
 NOTED = [
     outer_sums, permuted_and_added, mixed_by_activations, outer_quotients,
     merged_before_the_sum, largest_of_running_sums, chosen,
+    scaled_rows, rows_of_ones, poles,
 ]  # fmt: skip
 
 
