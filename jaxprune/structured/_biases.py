@@ -8,7 +8,12 @@ from jaxprune import _tree
 from jaxprune._tree import PyTree
 from jaxprune.calibration import SiteInputs, Statistics
 from jaxprune.structured import _dims
-from jaxprune.structured._consumers import kept_inputs, statistic, trace_of
+from jaxprune.structured._consumers import (
+    check_alike,
+    kept_inputs,
+    statistic,
+    trace_of,
+)
 from jaxprune.structured._facts import PRODUCTS, Fact, Facts, follow
 from jaxprune.structured._plan import Plan
 from jaxprune.structured._propagate import Record
@@ -59,6 +64,7 @@ def compensate(
       An et al., "Fluctuation-based Adaptive Structured Pruning for Large Language Models",
       arXiv 2312.11983 (baseline bias compensation).
     """
+    check_alike(plan)
     leaves = by_path(graph, params, "params")
     known = biases(graph)
     _check_statistics(graph, plan, params, statistics)

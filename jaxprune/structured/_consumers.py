@@ -165,6 +165,16 @@ def check_fits(site: Site, leaf: Array) -> None:
         )
 
 
+def check_alike(plan: Plan) -> None:
+    """Refuses plans with other units in each layer or head."""
+    if plan.apart:
+        raise ValueError(
+            f"plan: {_tree.listing(list(plan.apart))} keep other units in each layer or head, "
+            "for which no weights are fitted here. Pass numbers without an axis for owners to "
+            "planned, so that all keep the same, or leave this step out."
+        )
+
+
 def kept_inputs(plan: Plan, site: Site) -> np.ndarray | None:
     """Which inputs of a product a plan keeps, `[stack, batch, K]`; `None` if all."""
     kept: np.ndarray | None = None

@@ -44,6 +44,15 @@ def owners(
     return {d: tuple(h for h in among if h in found[d]) for d in among}
 
 
+def one_way(found: dict[Dim, tuple[Dim, ...]]) -> dict[Dim, tuple[Dim, ...]]:
+    """Of two that own each other only one does: it is cut by what the other was."""
+    order = {d: i for i, d in enumerate(found)}
+    return {
+        d: tuple(h for h in held if d not in found[h] or order[d] > order[h])
+        for d, held in found.items()
+    }
+
+
 def _walk(program: Program, found: dict[Dim, set[Dim]], rules: Container[str]) -> None:
     """Takes away from `found` what the program relates."""
     _numbered(found, program.const_dims)

@@ -68,6 +68,7 @@ def merge(
     """
     if not (np.isfinite(ridge) and ridge >= 0):
         raise ValueError(f"ridge: got {ridge!r}; expected a number of 0 or more.")
+    _consumers.check_alike(plan)
     leaves = by_path(graph, params, "params")
     added = biases(graph)
     sites = _consumers.trace_of(graph, params).sites

@@ -62,6 +62,7 @@ def refit(
       Li et al., "Týr-the-Pruner", arXiv 2503.09657, whose code ends with the same solution.
     """
     _check_damping(damping)
+    _consumers.check_alike(plan)
     paths, leaves, _ = _tree.flatten(params)
     known = dict(zip(paths, leaves, strict=True))
     new = {}

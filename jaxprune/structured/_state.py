@@ -1,6 +1,7 @@
 """Cuts trees at planned places: parameters, and whatever has subtrees like them."""
 
-from collections.abc import Callable, Mapping
+import collections
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 import jax
@@ -214,6 +215,15 @@ def check_shapes(
                 f"{name}: the leaf {path} is not in the plan. The plan is for another model, "
                 "or the tree holds more than was traced."
             )
+
+
+def check_unique(paths: Sequence[str]) -> None:
+    """Raises `ValueError` if two leaves have one path."""
+    if twice := [p for p, n in collections.Counter(paths).items() if n > 1]:
+        raise ValueError(
+            f"params: several leaves have the path {twice[0]}, so that they cannot be told "
+            "apart. A leading params/ and a / in a key do not count. Rename one of them."
+        )
 
 
 def cuts_to_lists(cuts: Cuts) -> dict[str, dict[str, list[int]]]:

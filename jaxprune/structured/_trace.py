@@ -5,7 +5,6 @@ such groups from a graph of modules. Here they come from the primitives of a jax
 factors and segments of axes, and nothing is guessed: what is not understood stays whole.
 """
 
-import collections
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from jaxprune.structured import (
     _kinds,
     _local,
     _picture,
+    _state,
     _values,
     _zeros,
 )
@@ -213,12 +213,7 @@ class Graph:
         for g in self.groups:
             if any(m.path.startswith(INPUT) for m in g.members):
                 found[g.members[0]._leaf] = ()  # inputs are cut the same everywhere
-        order = {d: i for i, d in enumerate(among)}
-        # Of two that own each other one does: it is cut by what the other was.
-        return {
-            d: tuple(h for h in held if d not in found[h] or order[d] > order[h])
-            for d, held in found.items()
-        }
+        return _local.one_way(found)
 
     def plot(self, plan: Any = None, *, where: Patterns = "*", ax: Any = None) -> Any:
         """Draws where the units of each group lie; needs matplotlib.
@@ -313,7 +308,7 @@ def trace(
       {'down:1': ('output',), 'up:0': ('input 0',)}
     """
     traced = read(fn, params, args, rules)
-    _check_unique(traced.paths)
+    _state.check_unique(traced.paths)
     _check_patterns("ignore", ignore, traced.paths)
     _check_patterns("resizable_inputs", resizable_inputs, traced.input_paths)
     for path, dims in zip(traced.paths, traced.dims, strict=True):
@@ -358,7 +353,7 @@ def read(
 ) -> Traced:
     """Dimensions of everything in `fn(params, *args)`; nothing is frozen by its place."""
     closed, shape = jax.make_jaxpr(fn, return_shape=True)(params, *args)
-    _check_sizes(closed.jaxpr.invars)
+    _values.check_sizes(closed.jaxpr.invars)
     paths, inputs = _tree.paths(params), _tree.paths(args)
     dims = [_dims.fresh(v.aval.shape) for v in closed.jaxpr.invars]
     operands = [Operand(d, i >= len(paths)) for i, d in enumerate(dims)]
@@ -373,15 +368,6 @@ def read(
         jax.tree.structure(shape),
         propagation.unknown,
     )
-
-
-def _check_sizes(values: Iterable[Any]) -> None:
-    for v in values:
-        if not all(isinstance(n, int) for n in v.aval.shape):
-            raise ValueError(
-                f"args: got an array of the shape {v.aval.shape}; expected numbers. A function "
-                "is read at sizes that are known: export it once for each of them."
-            )
 
 
 def _fixed(traced: Traced, which: bool | Patterns) -> list[Operand]:
@@ -508,14 +494,6 @@ def _tie(axes: Sequence[tuple[str, int, Dim]], pair: tuple[str, str]) -> None:
 def _matches(path: str, patterns: Patterns) -> bool:
     patterns = [patterns] if isinstance(patterns, str) else patterns
     return any(fnmatch.fnmatchcase(path, p) for p in patterns)
-
-
-def _check_unique(paths: Sequence[str]) -> None:
-    if twice := [p for p, n in collections.Counter(paths).items() if n > 1]:
-        raise ValueError(
-            f"params: several leaves have the path {twice[0]}, so that they cannot be told "
-            "apart. A leading params/ and a / in a key do not count. Rename one of them."
-        )
 
 
 def _check_patterns(name: str, patterns: Patterns, paths: Sequence[str]) -> None:

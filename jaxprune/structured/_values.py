@@ -1,6 +1,6 @@
 """Values before they are computed: their dimensions, and what rules say of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -73,3 +73,13 @@ def same(operands: Sequence[Dims]) -> Dims:
 def shape_of(x: Any) -> tuple[int, ...]:
     """Of an array, a shape or a number."""
     return tuple(x.shape) if hasattr(x, "shape") else np.shape(x)
+
+
+def check_sizes(values: Iterable[Any]) -> None:
+    """Raises `ValueError` for a shape that is no numbers."""
+    for v in values:
+        if not all(isinstance(n, int) for n in v.aval.shape):
+            raise ValueError(
+                f"args: got an array of the shape {v.aval.shape}; expected numbers. A function "
+                "is read at sizes that are known: export it once for each of them."
+            )

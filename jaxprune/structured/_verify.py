@@ -84,5 +84,7 @@ def difference(expected: Any, found: Any) -> float:
     a, b = np.asarray(expected).astype(kind), np.asarray(found).astype(kind)
     if not a.size:
         return 0.0
-    scale = np.max(np.abs(a))
-    return float(np.max(np.abs(a - b)) / (scale if scale > 0 else 1.0))
+    with np.errstate(invalid="ignore"):  # infinite values may be equal
+        far = np.where(a == b, 0.0, np.abs(a - b))
+    scale = np.max(np.abs(a), where=np.isfinite(a), initial=0.0)
+    return float(np.max(far) / (scale if scale > 0 else 1.0))

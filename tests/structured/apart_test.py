@@ -113,6 +113,19 @@ def test_gradients_and_states_are_those_of_the_masked_model():
     np.testing.assert_array_equal(small[1], 2 * plan.shrink(P)["l"]["up"])
 
 
+def test_weights_are_not_fitted_to_units_that_differ_from_layer_to_layer():
+    """They would be those of other units, and nothing would say so."""
+    plan = structured.planned(GRAPH, {NEURONS: drawn(NEURONS, 8)})
+    stats = jp.calibrate(model, P, [X], statistics=("mean", "gram"))
+    for fit in (
+        lambda: structured.compensate(GRAPH, plan, P, stats),
+        lambda: structured.refit(plan, P, stats),
+        lambda: structured.merge(GRAPH, plan, P),
+    ):
+        with pytest.raises(ValueError, match="plan: l/down:1 keep other units in each"):
+            fit()
+
+
 def test_each_layer_keeps_its_best_units():
     scores = structured.score_groups(GRAPH, P, "l1", apart=True)
     up, down = abs(P["l"]["up"]), abs(P["l"]["down"])

@@ -358,6 +358,15 @@ def test_what_differs_is_reported_with_a_reason(half):
     assert any("reduce_max" in str(g.notes) or not g.notes for g in graph.groups)
 
 
+def test_infinite_outputs_may_be_equal(half):
+    def fn(p, x):
+        return jnp.where(x[:, :1] > 0, -jnp.inf, jnp.tanh(x @ p["a"]) @ p["b"])
+
+    graph = structured.trace(fn, P, X)
+    assert not jnp.isfinite(fn(P, X)).all()
+    assert half(graph).verify(fn, P, X).equal
+
+
 def test_a_function_that_couples_more_than_the_plan_is_refused(half):
     plan = half(structured.trace(two_layers(jnp.tanh), P, X))
     with pytest.raises(ValueError, match="cannot do without: sort"):
