@@ -192,10 +192,8 @@ class Graph:
     def within(self, name: str) -> tuple[str, ...]:
         """Groups for each unit of which a group may keep units of its own.
 
-        In the layers of a scan, or in heads, the same number of units must stay, but not
-        the same ones, if nothing relates units of one to those of another by their number.
-        `structured.planned` then takes an array of numbers for each layer or head, and
-        `score_groups(..., apart=True)` gives scores for each.
+        Layers of a scan, and heads, keep as many units each, but may keep other ones, where
+        nothing relates those of one to those of another; see `structured.planned`.
 
         Args:
           name: of the group, as `graph[name]` knows it.
