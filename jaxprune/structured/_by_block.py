@@ -39,7 +39,7 @@ def block_ratios(
       kinds: of groups to prune.
 
     Returns:
-      `{group: ratio}`, for `plan(..., ratio=0.0, overrides=...)`.
+      Ratios by name of the group, for `plan(..., ratio=0.0, overrides=...)`.
 
     Raises:
       ValueError: if a number is out of range, or no group lies in one of the blocks.
@@ -90,7 +90,7 @@ def adapt_ratios(
       kinds: of groups to prune.
 
     Returns:
-      `{group: ratio}`, for `plan(..., ratio=0.0, overrides=...)`.
+      Ratios by name of the group, for `plan(..., ratio=0.0, overrides=...)`.
 
     Raises:
       ValueError: if a number is out of range, or no group lies in one of the blocks.

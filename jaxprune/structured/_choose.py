@@ -60,7 +60,7 @@ def plan(
     Args:
       graph: of `trace`.
       scores: `{group name: scores [units]}`, as `score_groups` gives; ties go to the
-        lower number, and NaN loses. With scores [*owners, units], those of `apart=True`,
+        lower number, and NaN loses. With scores `[*owners, units]`, those of `apart=True`,
         each layer or head keeps its own best units, as many as the others.
       ratio: share of units to remove. The share of parameters that goes is larger where
         both sides of a matrix lose units, 1 - (1 - ratio)².

@@ -23,7 +23,7 @@ def planned(graph: Graph, kept: Mapping[str, Any]) -> Plan:
       graph: of `trace`.
       kept: `{group: numbers of units}`, sorted or not, or a boolean for each unit, by
         names that `graph[name]` knows; groups that are not named keep all. Where
-        `graph.within(name)` names other groups, numbers may be [*owners, kept], as many for
+        `graph.within(name)` names other groups, numbers may be `[*owners, kept]`, as many for
         each layer or head but other ones.
 
     Raises:

@@ -39,7 +39,8 @@ def score_groups(
         scored apart, where they may be chosen so; see `Graph.within`.
 
     Returns:
-      Scores, float32 [units], by name of the group; with `apart`, [*owners, units].
+      Scores, float32 [units], by name of the group; with `apart`,
+      `[*owners, units]`.
 
     Raises:
       ValueError: if the criterion is not known, gradients are missing, or a tree does not

@@ -54,11 +54,11 @@ def dhspg(
     their gradient, those of the highest sum of `x·g / (|x| |g|)`, which says that the
     gradient drives the unit to zero, and of `size / |x|`, both divided by their l2 norms
     over all units. From then on each step of the optimizer, which leads from `x` to
-    `x - d`, goes on for them with
+    `x - d`, goes on for them with::
 
         x̂ = x - d - λ x / |x|,      and x <- 0 if x̂·x < ε |x|²,
 
-    where `λ` is `penalty`, but for units whose step leads away from zero, `x·d < 0`:
+    where `λ` is `penalty`, but for units whose step leads away from zero, `x·d < 0`::
 
         lower = -x·d / |x|,  upper = -|d|² |x| / x·d
         λ = clip(amplify lower, penalty, largest penalty), or (lower + upper) / 2 where

@@ -48,7 +48,7 @@ def hesso(
     The steps from `begin` to `end` are divided into `periods`. At the begin of each, the
     units of the lowest scores join the redundant ones, `K / periods` of all `K` that are
     to go; units of all groups are compared. With `r` steps left in the period, each step
-    of the optimizer is followed by
+    of the optimizer is followed by::
 
         w <- r / (r + 1) w
 
@@ -57,7 +57,7 @@ def hesso(
     other weights take the optimizer's steps and nothing else.
 
     The score is the sum of up to five criteria, each divided by its l2 norm over all
-    units: with `x` the weights of a unit and `g` their gradient,
+    units: with `x` the weights of a unit and `g` their gradient::
 
         norm |x|, mean_norm |x| / size, cosine 1 - x·g / (|x| |g|), taylor |x·g|,
         taylor2 (x·g)² / 2.
