@@ -5,7 +5,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,25 @@ import jax
 import jaxprune as jp
 
 ROUNDS = 9  # of timing
+
+
+class Setting(NamedTuple):
+    """A line of the results of a model that is trained again with each seed."""
+
+    method: str
+    share: float
+    seed: int
+
+
+def settings(
+    methods: Iterable[str], shares: Sequence[float], seeds: Iterable[int]
+) -> Iterator[Setting]:
+    """A seed after the other, since each has a dense model of its own."""
+    methods = tuple(methods)
+    for seed in seeds:
+        yield Setting("dense", 1.0, seed)
+        for share, method in itertools.product(shares, methods):
+            yield Setting(method, share, seed)
 
 
 class Small(NamedTuple):

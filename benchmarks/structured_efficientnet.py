@@ -22,8 +22,7 @@ import argparse
 import functools
 import pathlib
 import time
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import efficientnet
 import fashion_mnist
@@ -43,22 +42,6 @@ SIZE, BATCH, RATE = 64, 64, 3e-4
 STEPS, RECOVERY = 400, 100
 SOME = 512  # images that scores are of
 FIXED = ("mean", "variance")  # leaves that are not trained
-
-
-class Setting(NamedTuple):
-    """A line of the results."""
-
-    method: str
-    share: float
-    seed: int
-
-
-def settings() -> Iterator[Setting]:
-    """All settings, a seed after the other, since each has a dense model of its own."""
-    for seed in SEEDS:
-        yield Setting("dense", 1.0, seed)
-        for share in SHARES:
-            yield from (Setting(method, share, seed) for method in METHODS)
 
 
 @jax.jit
@@ -134,7 +117,7 @@ class Bench:
         ]
         return float(np.mean(right))
 
-    def run(self, setting: Setting) -> dict:
+    def run(self, setting: shrinking.Setting) -> dict:
         """The numbers of one line of the results."""
         start = time.perf_counter()
         small = self.model.whole()
@@ -158,7 +141,7 @@ def main() -> None:
         data = fashion_mnist.load(args.data_dir)
         done = {(r["method"], r["share"], r["seed"]) for r in jsonl.read(RESULTS)}
         bench = None
-        for setting in settings():
+        for setting in shrinking.settings(METHODS, SHARES, SEEDS):
             if setting in done:
                 continue
             if bench is None or bench.seed != setting.seed:

@@ -22,7 +22,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,22 +41,6 @@ SEEDS = (0, 1, 2)
 BUDGET = train.Budget()
 RECOVERY = train.Budget(steps=66)
 SNIPPETS, BATCH = 512, 64  # that scores are of
-
-
-class Setting(NamedTuple):
-    """A line of the results."""
-
-    method: str
-    share: float
-    seed: int
-
-
-def settings() -> Iterator[Setting]:
-    """All settings, a seed after the other, since each has a dense model of its own."""
-    for seed in SEEDS:
-        yield Setting("dense", 1.0, seed)
-        for share in SHARES:
-            yield from (Setting(method, share, seed) for method in shrinking.METHODS)
 
 
 def stream(builder, seed: int) -> Iterator[dict[str, Any]]:
@@ -119,7 +103,7 @@ class Bench:
     def accuracy(self, fn: Any, params: Any) -> float:
         return train.accuracy(train.predict(fn, params, self.test), self.test)
 
-    def run(self, setting: Setting) -> dict:
+    def run(self, setting: shrinking.Setting) -> dict:
         """The numbers of one line of the results."""
         start = time.perf_counter()
         small = self.model.whole()
@@ -143,7 +127,7 @@ def main() -> None:
         test = data.test_set(builder, length=BUDGET.length)
         done = {(r["method"], r["share"], r["seed"]) for r in jsonl.read(RESULTS)}
         bench = None
-        for setting in settings():
+        for setting in shrinking.settings(shrinking.METHODS, SHARES, SEEDS):
             if setting in done:
                 continue
             if bench is None or bench.seed != setting.seed:
