@@ -13,6 +13,7 @@ import jax
 import jaxprune as jp
 
 ROUNDS = 9  # of timing
+ROUND_TO: Any = {"neuron": 16, "channel": 8}  # units kept
 
 
 class Setting(NamedTuple):
@@ -106,7 +107,9 @@ class Model:
     def by_scores(self, scores: Any, share: float) -> Small:
         target = jp.structured.Target(flops=share)
         return self.by_plan(
-            jp.structured.plan(self.graph, scores, target=target, kinds=self.kinds)
+            jp.structured.plan(
+                self.graph, scores, target=target, kinds=self.kinds, round_to=ROUND_TO
+            )
         )
 
     def by_plan(self, plan: jp.structured.Plan, params: Any = None) -> Small:
@@ -138,7 +141,9 @@ def obspa(model: Model, share: float) -> Small:
         model.graph, model.params, model.statistics, kinds=model.kinds
     )
     target = jp.structured.Target(flops=share)
-    plan = jp.structured.plan(model.graph, scores, target=target, kinds=model.kinds)
+    plan = jp.structured.plan(
+        model.graph, scores, target=target, kinds=model.kinds, round_to=ROUND_TO
+    )
     return model.by_plan(
         plan, jp.structured.refit(plan, model.params, model.statistics)
     )
@@ -165,7 +170,9 @@ def flap(model: Model, share: float) -> Small:
     )  # fmt: skip
 
     def plan(ratio: float) -> jp.structured.Plan:
-        return jp.structured.flap(graph, params, stats, ratio=ratio, kinds=model.kinds)
+        return jp.structured.flap(
+            graph, params, stats, ratio=ratio, kinds=model.kinds, round_to=ROUND_TO
+        )
 
     found = _bisected(plan, share)
     new = found.shrink(jp.structured.compensate(graph, found, params, stats))
@@ -180,8 +187,9 @@ def cfsp(model: Model, share: float) -> Small:
     def plan(ratio: float) -> jp.structured.Plan:
         ratios = jp.structured.block_ratios(graph, model.similarity, ratio=ratio)
         return jp.structured.plan(
-            graph, scores, ratio=ratio, kinds=kinds, overrides=ratios
-        )
+            graph, scores,
+            ratio=ratio, kinds=kinds, overrides=ratios, round_to=ROUND_TO,
+        )  # fmt: skip
 
     return model.by_plan(_bisected(plan, share))
 

@@ -17,6 +17,7 @@ from jaxprune.structured._planned import planned
 from jaxprune.structured._trace import Graph, Group
 
 Scope = Literal["local", "global", "isomorphic"]
+RoundTo = int | Mapping[Kind, int]
 _STEPS, _TIMED = 40, 10  # of bisection: by counting, and with a clock
 
 
@@ -50,7 +51,7 @@ def plan(
     scope: Scope = "local",
     kinds: Kind | Sequence[Kind] | None = None,
     overrides: Mapping[str, float] | None = None,
-    round_to: int = 1,
+    round_to: RoundTo = 1,
     min_keep: int = 1,
     max_ratio: float = 1.0,
     normalize: bool = True,
@@ -75,7 +76,8 @@ def plan(
       overrides: `{pattern: ratio}` for groups whose name matches or, where no name does,
         a member's path; the last match wins, and 0 keeps all. These ratios hold whatever
         `ratio`, `target` or `kinds`.
-      round_to: the number kept is a multiple of this, the nearest one, or all.
+      round_to: the number kept is a multiple of this, the nearest one, or all. For groups
+        of some kinds only, `{"neuron": 16}`.
       min_keep: the least number kept in a group.
       max_ratio: the largest share removed of a group.
       normalize: whether scores are divided by the mean of their group before groups are
@@ -115,11 +117,7 @@ def plan(
 
     def count(group: Group, share: float) -> int:
         least = max(min_keep, group.minimum, round(group.size * (1 - max_ratio)), 1)
-        n = round(group.size * (1 - share))
-        if n < group.size and round_to > 1:
-            n = max(round(n / round_to), 1) * round_to
-            least = -(-least // round_to) * round_to
-        return min(max(n, least), group.size)
+        return rounded(round(group.size * (1 - share)), group, round_to, least)
 
     def counts(share: float) -> dict[str, int]:
         shares = _shares(groups, found, share, scope, normalize)
@@ -128,7 +126,7 @@ def plan(
 
     def choose(sizes: Mapping[str, int]) -> Plan:
         kept = {
-            name: _best(scored, sizes[name])
+            name: best(scored, sizes[name])
             for name, scored in found.items()
             if sizes.get(name, scored.shape[-1]) < scored.shape[-1]
         }
@@ -152,15 +150,33 @@ def _check(ratio, target, scope, round_to, min_keep, max_ratio, kinds) -> None:
         _check_target(target)
     if scope not in get_args(Scope):
         raise ValueError(f"scope: got {scope!r}; expected one of {get_args(Scope)}.")
-    if round_to < 1 or min_keep < 1:
-        raise ValueError(
-            f"round_to, min_keep: got {round_to!r} and {min_keep!r}; expected 1 or more."
-        )
+    check_counts(round_to, min_keep)
     if not 0 < max_ratio <= 1:
         raise ValueError(f"max_ratio: got {max_ratio!r}; expected a share in (0, 1].")
     unknown = [k for k in kinds or () if k not in _kinds.KINDS]
     if unknown:
         raise ValueError(f"kinds: got {unknown}; expected some of {_kinds.KINDS}.")
+
+
+def check_counts(round_to: RoundTo, min_keep: int) -> None:
+    """Refuses steps and least numbers below 1, and steps for kinds that are none."""
+    steps = round_to if isinstance(round_to, Mapping) else {None: round_to}
+    if min(min_keep, *steps.values()) < 1:
+        raise ValueError(
+            f"round_to, min_keep: got {round_to!r} and {min_keep!r}; expected 1 or more."
+        )
+    if unknown := [k for k in steps if k is not None and k not in _kinds.KINDS]:
+        raise ValueError(
+            f"round_to: got {unknown}; expected some of the kinds {_kinds.KINDS}."
+        )
+
+
+def rounded(n: int, group: Group, round_to: RoundTo, least: int = 1) -> int:
+    """The number of units kept, at least so many, as a multiple of the step of the kind."""
+    step = round_to.get(group.kind, 1) if isinstance(round_to, Mapping) else round_to
+    if n < group.size:
+        n = max(round(n / step), -(-least // step)) * step
+    return min(max(n, least), group.size)
 
 
 def _check_target(target: Target) -> None:
@@ -238,7 +254,8 @@ def _scores(group: Group, scores: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.where(np.isnan(x), -np.inf, x)
 
 
-def _best(scores: np.ndarray, n: int) -> np.ndarray:
+def best(scores: np.ndarray, n: int) -> np.ndarray:
+    """Numbers of the best units, of each layer or head where they have scores of their own."""
     return np.sort(np.argsort(-scores, kind="stable")[..., :n])
 
 

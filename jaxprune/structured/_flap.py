@@ -9,6 +9,7 @@ import numpy as np
 from jaxprune._tree import PyTree
 from jaxprune.calibration import Statistics
 from jaxprune.structured import _consumers
+from jaxprune.structured._choose import RoundTo, best, check_counts, rounded
 from jaxprune.structured._consumers import Score, statistic
 from jaxprune.structured._kinds import Kind
 from jaxprune.structured._plan import Plan
@@ -68,6 +69,7 @@ def flap(
     ratio: float,
     form: Fluctuation = "wifv",
     kinds: Sequence[Kind] = UNITS,
+    round_to: RoundTo = 1,
     min_keep: int = 1,
 ) -> Plan:
     """A plan by fluctuation: one threshold for all groups, on standardised scores.
@@ -85,12 +87,14 @@ def flap(
       ratio: share of the parameters of all units of these kinds to remove.
       form: see `fluctuation`.
       kinds: of groups to prune.
+      round_to: the number kept is a multiple of this, the nearest one, or all. For groups
+        of some kinds only, `{"neuron": 16}`.
       min_keep: the least number kept in a group.
 
     Returns:
-      The plan; the nearest to the budget that a threshold can give, except where `min_keep`
-      or the group's own minimum keeps more. Groups that no product with statistics reads
-      keep all.
+      The plan; the nearest to the budget that a threshold can give, except where `round_to`
+      moves a group off it, and `min_keep` or its own minimum keeps more. Groups that no
+      product with statistics reads keep all.
 
     Raises:
       ValueError: as `fluctuation`, and if a number is out of range.
@@ -119,8 +123,7 @@ def flap(
         raise ValueError(
             f"ratio: got {ratio!r}; expected a share in [0, 1), such as 0.2."
         )
-    if min_keep < 1:
-        raise ValueError(f"min_keep: got {min_keep!r}; expected 1 or more.")
+    check_counts(round_to, min_keep)
     score = _score(form)
     leaves = by_path(graph, params, "params")
     scores = {}
@@ -137,7 +140,14 @@ def flap(
             scores[group.name] = sums / np.maximum(counts, 1)
     if not scores:
         raise _consumers.nothing_scored(graph, statistics, kinds)
-    return planned(graph, within_budget(graph, scores, ratio, min_keep))
+    kept = within_budget(graph, scores, ratio, min_keep)
+    sizes = {
+        name: rounded(
+            len(units), graph[name], round_to, max(min_keep, graph[name].minimum)
+        )
+        for name, units in kept.items()
+    }
+    return planned(graph, {name: best(scores[name], n) for name, n in sizes.items()})
 
 
 def unit_costs(graph: Graph) -> dict[str, float]:

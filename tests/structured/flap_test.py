@@ -121,6 +121,17 @@ def test_the_budget_is_met_to_the_cost_of_a_unit():
     assert len(plan.groups[HEADS].kept) >= 1 and len(plan.groups[NEURONS].kept) >= 1
 
 
+def test_rounded_groups_keep_their_best():
+    plain, rounded = (
+        structured.flap(GRAPH, PARAMS, STATS, ratio=0.5, round_to=step)
+        for step in (1, {"neuron": 8})
+    )
+    assert rounded.groups[NEURONS].left == 8 != plain.groups[NEURONS].left
+    assert rounded.groups[HEADS].kept.tolist() == plain.groups[HEADS].kept.tolist()
+    scores = structured.fluctuation(GRAPH, PARAMS, STATS)[NEURONS]
+    assert set(rounded.groups[NEURONS].kept) == set(np.argsort(-scores)[:8])
+
+
 def test_standardised_scores_are_ranked_together():
     # The second layer fluctuates a hundred times as much, and loses no less for it.
     def fn(p, x):
@@ -267,7 +278,7 @@ def test_messages():
         structured.fluctuation(graph, p, stats, form="x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"ratio: got 1.0"):
         structured.flap(graph, p, stats, ratio=1.0, form="wifn")
-    with pytest.raises(ValueError, match="min_keep: got 0"):
+    with pytest.raises(ValueError, match="min_keep: got 1 and 0"):
         structured.flap(graph, p, stats, ratio=0.5, form="wifn", min_keep=0)
     with pytest.raises(
         ValueError, match="no product with statistics sums over.*down:0"
