@@ -21,6 +21,7 @@ import argparse
 import ctypes
 import functools
 import gc
+import itertools
 import os
 import pathlib
 import statistics
@@ -157,27 +158,29 @@ def costs(net: demo.Net, ids: np.ndarray, rounds: int) -> str:
     return "\n".join(lines)
 
 
-def held(net: demo.Net, ids: np.ndarray, size: int) -> str:
+def held(net: demo.Net, ids: np.ndarray, size: int, donate: bool) -> str:
     """By how much the memory of this process rises while it prunes, and the bound."""
     batches = [np.asarray(ids[i : i + size]) for i in range(0, len(ids), size)]
     jax.config.update("jax_compilation_cache_dir", "build/compiled")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
-    def run(where: str) -> Any:
+    def run(where: str, donate: bool = False) -> Any:
         return jp.posttrain.prune(
-            net.logits, net.params, batches, sparsity=0.5, where=where
-        )[1]
+            net.logits, net.params, batches, sparsity=0.5, where=where, donate=donate
+        )
 
     run(f"layers/[0-{FEW - 1}]/*/kernel")  # so that all programs are in the cache
     gc.collect()
     LIBC.malloc_trim(0)  # what the first run left goes back
     with Peak() as peak:
-        weights = sum(m.size for m in jax.tree.leaves(run("*/kernel")))
-    rise = peak.most - peak.before
+        found = run("*/kernel", donate)
+        weights = sum(m.size for m in jax.tree.leaves(found[1]))
     grams = 4 * (3 * 576**2 + 1536**2)
-    parts = 4 * weights, weights, grams, 4 * 4 * 1536**2, 2 * ids.size * 576 * 4
-    cells = rise, *parts, sum(parts)
-    return f"| {size} | " + " | ".join(f"{x / 2**20:.0f}" for x in cells) + " |"
+    bound = grams + 4 * 4 * 1536**2 + 2 * ids.size * 576 * 4
+    rise, new = peak.most - peak.before, 0 if donate else 4 * weights
+    cells = rise, new, weights, bound, rise - new - weights, rise - new
+    row = " | ".join(f"{x / 2**20:.0f}" for x in cells)
+    return f"| {size} | {'yes' if donate else 'no'} | {row} |"
 
 
 class Peak:
@@ -212,13 +215,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=("agreement", "costs", "held"))
     parser.add_argument("--held", type=int, help="only a row of that table")
+    parser.add_argument("--donate", action="store_true", help="in that row")
     args = parser.parse_args()
     # From here on large arrays are mapped, and leave the process when they are freed.
     LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 17)
     lm, tokenizer = weights.pretrained()
     ids = text.read(args.data_dir, tokenizer, demo.CALIBRATION)[:WINDOWS, :LENGTH]
     if args.held is not None:
-        print(held(demo.in_nnx(lm), ids, args.held), flush=True)
+        print(held(demo.in_nnx(lm), ids, args.held, args.donate), flush=True)
         return
     if args.only in (None, "agreement"):
         agreement(lm, ids)
@@ -227,13 +231,14 @@ def main() -> None:
         print(costs(demo.in_linen(lm), ids[:4], args.rounds), end="\n\n", flush=True)
     if args.only in (None, "held"):
         print(
-            "| windows a batch | rise, MiB | new weights | masks "
-            "| statistics of a block | 4 Gram matrices | 2 activations | bound |"
+            "| windows a batch | given up | rise, MiB | new weights | masks | bound "
+            "| rise without weights and masks | rise without weights |"
         )
         print("|---" * 8 + "|")
-        for size in (BATCH, 2, 1):
+        for size, donate in itertools.product((BATCH, 2, 1), (False, True)):
             # Each in a process of its own, with nothing left from another.
             options = ["--data-dir", str(args.data_dir), "--held", str(size)]
+            options += ["--donate"] * donate
             subprocess.run([sys.executable, __file__, *options], check=True)
 
 

@@ -81,9 +81,9 @@ def plan() -> Iterator[Setting]:
         yield from (Setting(method, pattern) for pattern in PATTERNS)
     yield from (Setting("ALPS", pattern) for pattern in ("70 %", "2:4"))
     for method in COMBINED:
-        # OWL gives each layer a sparsity of its own, which 2:4 does not leave free.
-        patterns = ("60 %",) if "OWL" in method else ("60 %", "2:4")
-        yield from (Setting(method, pattern) for pattern in patterns)
+        yield from (Setting(method, pattern) for pattern in ("60 %", "2:4"))
+    # OWL gives each layer an N of its own, of which there are few with groups of four.
+    yield from (Setting(f"{method} + OWL", "4:8") for method in ("Wanda", "SparseGPT"))
 
 
 def prune(net: demo.Net, windows: np.ndarray, setting: Setting) -> tuple[Any, Any]:
@@ -95,7 +95,11 @@ def prune(net: demo.Net, windows: np.ndarray, setting: Setting) -> tuple[Any, An
     options = {}
     if extra == "OWL":
         outliers = jp.posttrain.outlier_ratios(net.logits, net.params, batches)
-        options["allocation"] = functools.partial(jp.allocation.owl, outliers=outliers)
+        owl = functools.partial(jp.allocation.owl, outliers=outliers)
+        options["allocation"] = owl
+        if isinstance(structure, jp.NM):  # the authors' range: one N up, and one down
+            options["allocation"] = functools.partial(owl, limit=1 / structure.m)
+            structure = functools.partial(jp.allocation.mixed_nm, m=structure.m)
     if extra == "DSnoT":
         options["refine"] = functools.partial(swap, structure)
         options["statistics"] = ("square", "mean", "variance")

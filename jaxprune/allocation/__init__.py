@@ -14,3 +14,4 @@ from ._block_error import by_block_error as by_block_error
 from ._importance import by_similarity as by_similarity
 from ._importance import outlier_ratio as outlier_ratio
 from ._importance import owl as owl
+from ._mixed_nm import mixed_nm as mixed_nm

@@ -10,18 +10,17 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxprune import _tree, masks, structures, tracing
-from jaxprune import allocation as allocations
 from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation
 from jaxprune.calibration import Inputs, Statistics
 from jaxprune.calibration._calibrate import check_statistics
-from jaxprune.posttrain import _mesh, _work
+from jaxprune.posttrain import _mesh, _wanted, _work
 from jaxprune.posttrain._folder import Folder, Solved
 from jaxprune.posttrain._report import Report, Row
 from jaxprune.posttrain._run import Run, uses
 from jaxprune.posttrain._solver import Solution, Solver, Sparsity, layer_error
 from jaxprune.posttrain._sparsegpt import sparsegpt
-from jaxprune.posttrain._work import Work
+from jaxprune.posttrain._wanted import Structures, Wanted
 from jaxprune.structures import NM, Structure, Unstructured
 from jaxprune.tracing import Block, Leaf
 
@@ -37,7 +36,7 @@ def prune(
     *,
     method: Solver = _DEFAULT,
     sparsity: Sparsity = None,
-    structure: Structure = Unstructured(),
+    structure: Structures = Unstructured(),
     allocation: Allocation = "uniform",
     where: _tree.Where = None,
     refine: Refine | None = None,
@@ -49,6 +48,7 @@ def prune(
     batch_axes: Mapping[str, int | tuple[int, ...]] | None = None,
     rules: Mapping[str, Any] | None = None,
     offload: bool = False,
+    donate: bool = False,
     directory: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[PyTree, PyTree, Report]:
@@ -66,7 +66,11 @@ def prune(
       batches: tuples of arguments, of one set of shapes; anything else is one argument.
       method: a solver, such as `wanda()` or `sparsegpt()`.
       sparsity: share of the weights to prune, in [0, 1); may be left out with `NM`.
-      structure: what is kept or pruned as one, in matrices `[K, N]`.
+      structure: what is kept or pruned as one, in matrices `[K, N]`; or a mapping of path
+        patterns to structures, in which the last match counts; or a function of shapes and
+        the sparsities of `allocation`, such as
+        `functools.partial(jaxprune.allocation.mixed_nm, m=8)`, which says all there is to
+        say where it answers `NM`.
       allocation: how sparsity is divided among leaves, not `"global"`; see
         `jaxprune.prune`. Each layer of a leaf that a scan runs over has a sparsity of its
         own, and is called as in an unrolled model: `"layers/3/up/kernel"`.
@@ -85,6 +89,10 @@ def prune(
       offload: whether weights, masks and activations rest in the memory of the host, as
         NumPy arrays, and only what a block needs comes to the device. Parameters may be
         given there; pruned ones and masks are there when they come back. For one process.
+      donate: whether the arrays of `params` are given up, so that weights are held once:
+        one is deleted as soon as its pruned values are there, or, with `offload`, once it
+        rests on the host. As with `donate_argnums` of `jax.jit`, `params` cannot be used
+        again, even if `prune` raises. One that stands at several places is kept.
       directory: where each block is saved when it is done. A run that was killed goes on
         there if it is started again with the same arguments: arrays of the same values,
         and an `fn` of the same equations.
@@ -121,7 +129,7 @@ def prune(
     if statistics:
         check_statistics(statistics)
     work = _work.begin(fn, params, batches, where, block_of, batch_axes, empty_rows)
-    wanted = _sparsities(work, sparsity, structure, allocation)
+    wanted = _wanted.by_leaf(work, sparsity, structure, allocation)
     names = tuple(dict.fromkeys((*method.statistics, *statistics)))
     settings = {
         "method": method.name, "sparsity": sparsity, "structure": structure,
@@ -133,47 +141,49 @@ def prune(
     folder = None
     if directory is not None:
         folder = Folder(directory, fn, params, work.batches, settings)
-    run = Run(params, work, token_weights, names, offload)
+    run = Run(params, work, token_weights, names, offload, donate)
     rows: list[Row] = []
     for i, block in enumerate(work.blocks.blocks[: work.last + 1]):
         if progress is not None:
             progress(block.name, i, work.last + 1)
         own, picked = run.leaves(block), work.picked(block)
-        pruned = None if folder is None else folder.restore(i, [own[j] for j in picked])
-        if picked and pruned is None:
-            stats = run.calibrate(block, own, picked, rules)
-            pruned = []
-            for j in picked:
-                with _mesh.auto((own[j], stats)) as (w, known):
-                    solved = _solve(
-                        block, j, w, known, method, refine, wanted, structure
-                    )
-                w, mask = jax.device_put(solved[:2], getattr(own[j], "sharding", None))
-                pruned.append(Solved(w, mask, solved.rows))
-            if folder is not None:
-                folder.save(i, pruned)
-        for j, solved in zip(picked, pruned or (), strict=True):
+        done = None if folder is None else folder.restore(i, [own[j] for j in picked])
+        begun = done is None and bool(picked)
+        stats = run.calibrate(block, own, picked, rules) if begun else None
+        found = []
+        for n, j in enumerate(picked):
+            if stats is not None:
+                solved = _solved(block, j, own[j], stats, method, refine, wanted)
+            else:
+                solved = done[n]
             run.replace(block.leaves[j], solved.w, solved.mask)
+            if propagate_error:
+                run.release()
+            found.append(solved)
             rows += solved.rows
+        if folder is not None and stats is not None:
+            folder.save(i, found)
+        del stats
         if i < work.last:
             run.propagate(block, run.leaves(block) if propagate_error else own)
+        run.release()
     return (*run.trees(params), Report(tuple(rows)))
 
 
-def _sparsities(
-    work: Work, sparsity: Sparsity, structure: Structure, allocation: Allocation
-) -> dict[Leaf, Sparsity]:
-    """What each leaf or layer is to be pruned to; `None` with `NM`, which says it."""
-    if allocation == "global":
-        raise ValueError(
-            "allocation: got 'global'; expected 'uniform', 'er', 'erk', a mapping or a "
-            "function of shapes and sparsity, since matrices are pruned one after the "
-            "other. jaxprune.allocation.owl divides a sparsity by activations."
-        )
-    if isinstance(structure, NM) and sparsity is None:
-        return dict.fromkeys(work.names)
-    found = allocations.allocate(allocation, work.shapes, sparsity)
-    return {leaf: found[name] for leaf, name in work.names.items()}
+def _solved(
+    block: Block,
+    j: int,
+    w: Array,
+    stats: Statistics,
+    method: Solver,
+    refine: Refine | None,
+    wanted: Mapping[Leaf, Wanted],
+) -> Solved:
+    """Prunes leaf `j` of a block, which then lies as it lay."""
+    with _mesh.auto((w, stats)) as (free, known):
+        solved = _solve(block, j, free, known, method, refine, wanted[block.leaves[j]])
+    new, mask = jax.device_put(solved[:2], getattr(w, "sharding", None))
+    return Solved(new, mask, solved.rows)
 
 
 def _solve(
@@ -183,11 +193,10 @@ def _solve(
     stats: Statistics,
     method: Solver,
     refine: Refine | None,
-    wanted: Mapping[Leaf, Sparsity],
-    structure: Structure,
+    wanted: Wanted,
 ) -> Solved:
     """Prunes leaf `j` of a block, use by use."""
-    leaf = block.leaves[j]
+    leaf, structure = block.leaves[j], wanted.structure
     new, mask = w, jnp.ones(w.shape, bool)
     rows = []
     for site, inputs in uses(leaf, w, stats, str(j)):
@@ -196,7 +205,7 @@ def _solve(
         stack, batch, k, n = dense.shape
         _check_units(structure, leaf.path, dense)
         try:
-            solution = method.solve(dense, inputs, wanted[leaf], structure)
+            solution = method.solve(dense, inputs, wanted.sparsity, structure)
         except ValueError as e:
             raise ValueError(f"{leaf}: {e}") from e
         if refine is not None:

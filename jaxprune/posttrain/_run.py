@@ -1,5 +1,6 @@
 """A run over the blocks of a model: its weights, and what rests between the blocks."""
 
+import collections
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ class Run:
         token_weights: Callable[..., Array] | None,
         statistics: tuple[str, ...],
         offload: bool,
+        donate: bool = False,
     ):
         paths, leaves, _ = _tree.flatten(params)
         self.shardings = {
@@ -45,6 +47,12 @@ class Run:
             path: x if _tree.is_hole(x) else self.rest(x)
             for path, x in zip(paths, leaves, strict=True)
         }
+        self.spent: list[jax.Array] = []  # the caller's, which are his no longer
+        self.donated = _unshared(leaves) if donate else {}
+        if offload:
+            self.spent += self.donated.values()
+            self.donated = {}
+            self.release()
         # Masks, of whole leaves or of layers, at a bit a weight until the end.
         self.found: dict[str, dict[int | None, PackedMask]] = {}
         self.own: set[str] = set()  # leaves that are no longer the caller's
@@ -75,8 +83,12 @@ class Run:
         if not self.offload:
             return found
         each = zip(found, block.leaves, strict=True)
+        # A layer is copied: it is a part of what is written into, and a CPU shares memory.
         return tuple(
-            _placed(x, _of_layer(self.shardings[path], layer))
+            _placed(
+                x if layer is None else np.array(x),
+                _of_layer(self.shardings[path], layer),
+            )
             for x, (path, layer) in each
         )
 
@@ -161,14 +173,23 @@ class Run:
         path, layer = leaf
         packed = jax.tree.map(self.rest, masks.pack_leaf(mask))
         self.found.setdefault(path, {})[layer] = packed
+        given = self.donated.pop(id(self.weights[path]), None)
         if layer is None:
+            if given is not None:
+                self.spent.append(given)
             self.weights[path] = self.rest(w)
             return
         if path not in self.own:  # what is written into is ours
             self.own.add(path)
-            xnp = np if self.offload else jnp
-            self.weights[path] = xnp.copy(self.weights[path])
+            if given is None:
+                xnp = np if self.offload else jnp
+                self.weights[path] = xnp.copy(self.weights[path])
         self.weights[path] = self.put(self.weights[path], w, layer)
+
+    def release(self) -> None:
+        """Deletes dense weights that were given up, and are not read again."""
+        while self.spent:
+            self.spent.pop().delete()
 
     def put(self, whole: Any, x: Array, layer: int) -> Any:
         """Writes a layer into a leaf of which nothing else is read."""
@@ -251,6 +272,27 @@ def _axes_of(
         if axes:
             found[str(j)] = tuple(axes)
     return found
+
+
+def _unshared(leaves: Sequence[Any]) -> dict[int, jax.Array]:
+    """Arrays by identity, those left out whose memory another one has too."""
+    arrays = {id(x): x for x in leaves if isinstance(x, jax.Array)}
+    counts = collections.Counter(id(x) for x in leaves)
+    buffers = {
+        key: {_buffer(shard.data) for shard in x.addressable_shards}
+        for key, x in arrays.items()
+        if not _tree.is_key(x)
+    }
+    users = collections.Counter(b for found in buffers.values() for b in found)
+    return {
+        key: arrays[key]
+        for key, found in buffers.items()
+        if counts[key] == 1 and all(users[b] == 1 for b in found)
+    }
+
+
+def _buffer(x: jax.Array) -> tuple[Any, int]:
+    return next(iter(x.devices())), x.unsafe_buffer_pointer()
 
 
 def _check_addressable(leaves: Mapping[str, Any]) -> None:

@@ -146,6 +146,67 @@ def test_structures_allocations_and_where():
         posttrain.prune(fn, params, batches(), sparsity=0.5, allocation="global")
 
 
+def kept_of(masks, path, m):
+    """How many of each group are kept, of groups along K."""
+    mask = np.asarray(masks["params"][path[0]][path[1]]["kernel"])
+    return np.unique(mask.reshape(-1, m, mask.shape[-1]).sum(1)).tolist()
+
+
+def test_structures_by_pattern():
+    fn, params = both()[1]
+    run = functools.partial(
+        posttrain.prune, fn, params, batches(), method=posttrain.wanda()
+    )
+    table = {"*": jp.NM(1, 4), "*/down/kernel": jp.NM(3, 8)}
+    _, masks, report = run(structure=table)
+    for i in range(3):
+        assert kept_of(masks, (f"layers_{i}", "up"), 4) == [1]
+        assert kept_of(masks, (f"layers_{i}", "down"), 8) == [3]
+    assert [r.sparsity for r in report.rows] == [0.625, 0.75] * 3
+    # A sparsity is for those whose structure does not say it.
+    table = {"*": jp.Unstructured(), "layers_1/up/kernel": jp.NM(2, 4)}
+    given = {"layers_1/down/kernel": 0.25, "layers_[02]/*": 0.75}
+    *_, report = run(structure=table, allocation=given)
+    assert [r.sparsity for r in report.rows] == [0.75, 0.75, 0.25, 0.5, 0.75, 0.75]
+    with pytest.raises(ValueError, match="layers_1/up/kernel: sparsity: got .* NM"):
+        run(structure=table, sparsity=0.75)
+    with pytest.raises(ValueError, match="sparsity: got None"):
+        run(structure=table)
+    with pytest.raises(ValueError, match=r"structure: no pattern of \['\*/up/\*'\]"):
+        run(structure={"*/up/*": jp.NM(2, 4)})
+    with pytest.raises(ValueError, match="structure: the pattern 'x' matches no leaf"):
+        run(structure={"*": jp.NM(2, 4), "x": jp.NM(1, 4)})
+    with pytest.raises(TypeError, match="structure: got '2:4'; expected Unstructured"):
+        run(structure={"*": "2:4"}, sparsity=0.5)
+    with pytest.raises(
+        ValueError, match="structure: the function answered layers_0/up"
+    ):
+        run(
+            structure=lambda shapes, sparsities: {"layers_0/up/kernel": jp.NM(2, 4)},
+            sparsity=0.5,
+        )
+    with pytest.raises(ValueError, match="structure: the function answered None"):
+        run(structure=lambda shapes, sparsities: None, sparsity=0.5)
+
+
+@pytest.mark.parametrize("form", ["scanned", "unrolled"])
+def test_owl_gives_each_layer_its_own_n(form):
+    fn, params = both()[form == "unrolled"]
+    names = ("layers/0/*", "layers/1/*", "layers/2/*")
+    if form == "unrolled":
+        names = ("layers_0/*", "layers_1/*", "layers_2/*")
+    outliers = dict(zip(names, (0.3, 0.0, 0.15), strict=True))
+    _, masks, report = posttrain.prune(
+        fn, params, batches(), method=posttrain.wanda(), sparsity=0.5,
+        allocation=functools.partial(jp.allocation.owl, outliers=outliers, limit=0.25),
+        structure=functools.partial(jp.allocation.mixed_nm, m=4),
+    )  # fmt: skip
+    assert [r.sparsity for r in report.rows] == [0.25, 0.25, 0.75, 0.75, 0.5, 0.5]
+    if form == "unrolled":
+        kept = [kept_of(masks, (f"layers_{i}", "up"), 4) for i in range(3)]
+        assert kept == [[3], [1], [2]]
+
+
 @pytest.mark.parametrize("explicit", [False, True])
 def test_eight_devices_and_one(explicit):
     fn, params = both()[0]
@@ -231,6 +292,38 @@ def test_what_rests_on_the_host(form):
     jax.tree.map(np.testing.assert_array_equal, found[:2], (new, masks))
     jax.tree.map(np.testing.assert_array_equal, there, before)
     assert [r.sparsity for r in found[2].rows] == [r.sparsity for r in report.rows]
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("propagate_error", [False, True])
+@pytest.mark.parametrize("form", ["scanned", "unrolled"])
+def test_parameters_that_are_given_up(form, propagate_error, offload):
+    fn, params = both()[form == "unrolled"]
+    run = functools.partial(
+        posttrain.prune, fn, batches=batches(), sparsity=0.5, where="*/kernel",
+        propagate_error=propagate_error,
+    )  # fmt: skip
+    expected = run(params=params)
+    given = jax.tree.map(jnp.copy, params)
+    found = run(params=given, donate=True, offload=offload)
+    jax.tree.map(np.testing.assert_array_equal, found[:2], expected[:2])
+    for path, x in jax.tree.leaves_with_path(given):
+        # With offload all rest on the host.
+        assert x.is_deleted() == (offload or "kernel" in jax.tree_util.keystr(path))
+
+
+def test_memory_of_two_leaves_is_kept():
+    def fn(params, x):
+        for name in ("a", "b", "c", "d"):
+            x = jnp.tanh(x @ params[name])
+        return x
+
+    w, other = jax.random.normal(jax.random.key(0), (2, 12, 12))
+    same = jax.device_put(other, other.sharding)  # another array, but one memory
+    params = {"a": w, "b": same, "c": w, "d": other}
+    new, _, _ = posttrain.prune(fn, params, batches(), sparsity=0.5, donate=True)
+    assert not any(x.is_deleted() for x in params.values())
+    assert not np.array_equal(new["a"], new["c"])
 
 
 def test_refine_and_its_statistics():
