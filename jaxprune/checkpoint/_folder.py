@@ -16,6 +16,8 @@ import numpy as np
 from jaxprune import _tree
 from jaxprune._tree import PyTree
 
+_SHOWN = 500  # characters of a setting in a message
+
 
 def open_folder(
     directory: str | os.PathLike[str],
@@ -46,7 +48,9 @@ def open_folder(
         ) from e
     for name in {**then, **now}:
         if then.get(name) != now.get(name):
-            shown = "other values" if name in arrays else then.get(name)
+            shown = then.get(name)
+            if name in arrays or len(str(shown)) > _SHOWN:
+                shown = "other values"
             raise ValueError(
                 f"{name}: {folder} was begun with {shown}. Go on with the same arguments, or "
                 "choose another directory."

@@ -3,7 +3,7 @@
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,12 +33,17 @@ class Folder:
         arrays = {"params": params, "batches": list(batches)}
         self.path = open_folder(directory, {**settings, "fn": what}, arrays)
 
-    def save(self, i: int, solved: Sequence["Solved"]) -> None:
-        """Keeps what was found in block `i`; complete, or not there."""
-        rows = [[list(row) for row in s.rows] for s in solved]
+    def saved(self, i: int, each: Iterable["Solved"]) -> Iterator["Solved"]:
+        """Hands on what is found in block `i`, and keeps it; complete, or not there."""
+        found = []
+        for solved in each:
+            found.append(solved)
+            yield solved
+        rows = [[list(row) for row in s.rows] for s in found]
         (self.path / f"block_{i}.json").write_text(json.dumps(rows))
-        tree = [(s.w, masks.pack_leaf(s.mask)) for s in solved]
-        checkpoint.save(self.path / f"block_{i}", tree)
+        checkpoint.save(
+            self.path / f"block_{i}", [(s.w, masks.pack_leaf(s.mask)) for s in found]
+        )
 
     def restore(self, i: int, dense: Sequence[Array]) -> list["Solved"] | None:
         """What was found in block `i`, whose dense leaves these are, or `None`.

@@ -66,7 +66,7 @@ def outlier_ratios(
       Yin et al., Outlier Weighed Layerwise Sparsity, arXiv 2310.05175, Sec. 3.2.
     """
     work = _work.begin(fn, params, batches, where, block_of, batch_axes, empty_rows)
-    run = Run(params, work, token_weights, ("square",), offload)
+    run = Run(params, work, token_weights, ("square",), offload, donate=False)
     ratios = {}
     for i, block in enumerate(work.blocks.blocks[: work.last + 1]):
         own, picked = run.leaves(block), work.picked(block)

@@ -1,26 +1,25 @@
 """One-shot pruning of a whole model, block by block."""
 
-import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxprune import _tree, masks, structures, tracing
+from jaxprune import _tree, masks, tracing
 from jaxprune._tree import PyTree
 from jaxprune.allocation import Allocation
 from jaxprune.calibration import Inputs, Statistics
 from jaxprune.calibration._calibrate import check_statistics
-from jaxprune.posttrain import _mesh, _wanted, _work
+from jaxprune.posttrain import _fits, _mesh, _wanted, _work
 from jaxprune.posttrain._folder import Folder, Solved
 from jaxprune.posttrain._report import Report, Row
-from jaxprune.posttrain._run import Run, uses
+from jaxprune.posttrain._run import Run, placement, uses
 from jaxprune.posttrain._solver import Solution, Solver, Sparsity, layer_error
 from jaxprune.posttrain._sparsegpt import sparsegpt
-from jaxprune.posttrain._wanted import Structures, Wanted
+from jaxprune.posttrain._wanted import StructureByLeaf, Wanted
 from jaxprune.structures import NM, Structure, Unstructured
 from jaxprune.tracing import Block, Leaf
 
@@ -36,7 +35,7 @@ def prune(
     *,
     method: Solver = _DEFAULT,
     sparsity: Sparsity = None,
-    structure: Structures = Unstructured(),
+    structure: StructureByLeaf = Unstructured(),
     allocation: Allocation = "uniform",
     where: _tree.Where = None,
     refine: Refine | None = None,
@@ -65,18 +64,19 @@ def prune(
       params: its parameters.
       batches: tuples of arguments, of one set of shapes; anything else is one argument.
       method: a solver, such as `wanda()` or `sparsegpt()`.
-      sparsity: share of the weights to prune, in [0, 1); may be left out with `NM`.
-      structure: what is kept or pruned as one, in matrices `[K, N]`; or a mapping of path
-        patterns to structures, in which the last match counts; or a function of shapes and
-        the sparsities of `allocation`, such as
-        `functools.partial(jaxprune.allocation.mixed_nm, m=8)`, which says all there is to
-        say where it answers `NM`.
+      sparsity: share of the weights to prune, in [0, 1), where `NM` does not say it.
+      structure: what is kept or pruned as one, in matrices `[K, N]`: `Unstructured`, `NM` or
+        `Block`. Or a mapping of patterns to them, of which the last match counts, on names
+        as `allocation` sees them. Or a function of shapes and of the sparsities that
+        `allocation` gives, such as `functools.partial(jaxprune.allocation.mixed_nm, m=8)`,
+        which answers for each name.
       allocation: how sparsity is divided among leaves, not `"global"`; see
         `jaxprune.prune`. Each layer of a leaf that a scan runs over has a sparsity of its
         own, and is called as in an unrolled model: `"layers/3/up/kernel"`.
       where: which leaves are pruned; see `jaxprune.prune`.
       refine: `refine(w, solution, inputs) -> solution`, called after the solver with the
-        dense matrices `[stack, batch, K, N]`; gives weights and mask that fit each other.
+        dense matrices `[stack, batch, K, N]`; gives weights and mask that fit each other
+        and, with `NM`, keep no more of a group than it allows.
       statistics: what `refine` needs beside what the solver does; fields of `Inputs`.
       propagate_error: whether the inputs of a block are those behind pruned blocks, or
         those of the dense model.
@@ -90,9 +90,11 @@ def prune(
         NumPy arrays, and only what a block needs comes to the device. Parameters may be
         given there; pruned ones and masks are there when they come back. For one process.
       donate: whether the arrays of `params` are given up, so that weights are held once:
-        one is deleted as soon as its pruned values are there, or, with `offload`, once it
-        rests on the host. As with `donate_argnums` of `jax.jit`, `params` cannot be used
-        again, even if `prune` raises. One that stands at several places is kept.
+        those that are pruned are deleted when their pruned values are there, a scanned leaf
+        with its first layer, those that offload moved at once. As with `donate_argnums` of
+        `jax.jit` they cannot be used again, even if `prune` raises, so that neither `fn` nor
+        `refine` may hold them. Arrays that share memory with others in `params` or
+        `batches` are kept.
       directory: where each block is saved when it is done. A run that was killed goes on
         there if it is started again with the same arguments: arrays of the same values,
         and an `fn` of the same equations.
@@ -103,11 +105,13 @@ def prune(
       a row for each matrix. Where only a part of a leaf is contracted, the rest is kept.
 
     Raises:
-      ValueError: if there is no batch, activations or statistics are not finite, a chosen
-        leaf cannot be followed to where it is used, is used in several blocks or in two
-        ways, `refine` gives what does not fit, or `directory` was begun with other
-        arguments or cannot be read.
-      TypeError: if `method` is no solver, or `refine` gives no solution.
+      ValueError: if there is no batch, activations or statistics are not finite, sparsity,
+        structure and allocation contradict each other or the shapes, a chosen leaf cannot
+        be followed to where it is used, is used in several blocks or in two ways, `refine`
+        gives what does not fit, parameters were deleted, or `directory` was begun with
+        other arguments or cannot be read.
+      TypeError: if `method` is no solver, `structure` gives what is none, or `refine` gives
+        no solution.
 
     Example:
       >>> def fn(params, x):
@@ -129,11 +133,14 @@ def prune(
     if statistics:
         check_statistics(statistics)
     work = _work.begin(fn, params, batches, where, block_of, batch_axes, empty_rows)
-    wanted = _wanted.by_leaf(work, sparsity, structure, allocation)
+    by_name = _wanted.by_name(work.shapes, sparsity, structure, allocation)
+    wanted = {leaf: by_name[name] for leaf, name in work.names.items()}
+    _fits.check(params, work, wanted, rules)
     names = tuple(dict.fromkeys((*method.statistics, *statistics)))
     settings = {
-        "method": method.name, "sparsity": sparsity, "structure": structure,
-        "allocation": allocation, "where": sorted(work.shapes), "refine": refine,
+        "method": method.name, "where": sorted(work.shapes), "refine": refine,
+        "sparsity": _one_or_each({p: str(x.sparsity) for p, x in by_name.items()}),
+        "structure": _one_or_each({p: x.structure for p, x in by_name.items()}),
         "statistics": names, "propagate_error": propagate_error,
         "batch_axes": batch_axes, "empty_rows": empty_rows, "block_of": block_of,
         "rules": rules, "token_weights": token_weights,
@@ -147,43 +154,48 @@ def prune(
         if progress is not None:
             progress(block.name, i, work.last + 1)
         own, picked = run.leaves(block), work.picked(block)
-        done = None if folder is None else folder.restore(i, [own[j] for j in picked])
-        begun = done is None and bool(picked)
-        stats = run.calibrate(block, own, picked, rules) if begun else None
-        found = []
-        for n, j in enumerate(picked):
-            if stats is not None:
-                solved = _solved(block, j, own[j], stats, method, refine, wanted)
-            else:
-                solved = done[n]
+        found = None if folder is None else folder.restore(i, [own[j] for j in picked])
+        if found is not None or not picked:
+            each = iter(found or ())
+        else:
+            each = _solved(run, block, own, picked, rules, method, refine, wanted)
+            if folder is not None:
+                each = folder.saved(i, each)
+        for j, solved in zip(picked, each, strict=True):
             run.replace(block.leaves[j], solved.w, solved.mask)
+            rows += solved.rows
             if propagate_error:
                 run.release()
-            found.append(solved)
-            rows += solved.rows
-        if folder is not None and stats is not None:
-            folder.save(i, found)
-        del stats
         if i < work.last:
             run.propagate(block, run.leaves(block) if propagate_error else own)
         run.release()
     return (*run.trees(params), Report(tuple(rows)))
 
 
+def _one_or_each(found: Mapping[str, Any]) -> Any:
+    """What all have, or what each has."""
+    first, *others = found.values()
+    return found if any(x != first for x in others) else first
+
+
 def _solved(
+    run: Run,
     block: Block,
-    j: int,
-    w: Array,
-    stats: Statistics,
+    own: tuple[Array, ...],
+    picked: Sequence[int],
+    rules: Mapping[str, Any] | None,
     method: Solver,
     refine: Refine | None,
     wanted: Mapping[Leaf, Wanted],
-) -> Solved:
-    """Prunes leaf `j` of a block, which then lies as it lay."""
-    with _mesh.auto((w, stats)) as (free, known):
-        solved = _solve(block, j, free, known, method, refine, wanted[block.leaves[j]])
-    new, mask = jax.device_put(solved[:2], getattr(w, "sharding", None))
-    return Solved(new, mask, solved.rows)
+) -> Iterator[Solved]:
+    """Calibrates a block, and prunes its leaves one by one; each then lies as it lay."""
+    stats = run.calibrate(block, own, picked, rules)
+    for j in picked:
+        w, leaf = own[j], block.leaves[j]
+        with _mesh.auto((w, stats)) as (free, known):
+            solved = _solve(block, j, free, known, method, refine, wanted[leaf])
+        new, mask = jax.device_put(solved[:2], placement(w))
+        yield Solved(new, mask, solved.rows)
 
 
 def _solve(
@@ -203,13 +215,12 @@ def _solve(
         start = time.perf_counter()
         dense = site.to_matrix(w)
         stack, batch, k, n = dense.shape
-        _check_units(structure, leaf.path, dense)
         try:
             solution = method.solve(dense, inputs, wanted.sparsity, structure)
         except ValueError as e:
             raise ValueError(f"{leaf}: {e}") from e
         if refine is not None:
-            solution = _refined(refine, dense, solution, inputs)
+            solution = _refined(refine, dense, solution, inputs, structure)
         new = site.from_matrix(solution.w, new)
         mask = site.from_matrix(solution.mask, mask)
         error = float("nan")
@@ -233,15 +244,12 @@ def _solve(
     return Solved(new, mask, rows)
 
 
-def _check_units(structure: Structure, path: str, w: Array) -> None:
-    """Refuses groups or blocks that do not divide a matrix, by the path of the leaf."""
-    if isinstance(structure, NM | structures.Block):
-        plain = dataclasses.replace(structure, axis=-2)
-        plain.units(path, jax.ShapeDtypeStruct(w.shape[-2:], w.dtype))
-
-
 def _refined(
-    refine: Refine, dense: Array, solution: Solution, inputs: Inputs
+    refine: Refine,
+    dense: Array,
+    solution: Solution,
+    inputs: Inputs,
+    structure: Structure,
 ) -> Solution:
     found = refine(dense, solution, inputs)
     if not isinstance(found, Solution):
@@ -259,4 +267,11 @@ def _refined(
             "refine: weights that its mask prunes are not 0. Give it both: "
             "solution._replace(w=jnp.where(mask, w, 0), mask=mask)."
         )
+    if isinstance(structure, NM):
+        most = int(jnp.max(structure.by_group("w", jnp.sum, found.mask.astype(int))))
+        if most > structure.n:
+            raise ValueError(
+                f"refine: its mask keeps {most} of a group, where {structure} allows "
+                f"{structure.n}. Refine within the groups: dsnot takes structure=."
+            )
     return found

@@ -33,29 +33,28 @@ class Run:
         token_weights: Callable[..., Array] | None,
         statistics: tuple[str, ...],
         offload: bool,
-        donate: bool = False,
+        donate: bool,
     ):
         paths, leaves, _ = _tree.flatten(params)
-        self.shardings = {
-            path: getattr(x, "sharding", None)
-            for path, x in zip(paths, leaves, strict=True)
-        }
+        by_path = dict(zip(paths, leaves, strict=True))
+        _check_alive(by_path)
+        if offload:
+            _check_addressable(by_path)
+        self.shardings = {path: placement(x) for path, x in by_path.items()}
         self.offload = offload
-        if offload:
-            _check_addressable(dict(zip(paths, leaves, strict=True)))
-        self.weights: dict[str, Any] = {
-            path: x if _tree.is_hole(x) else self.rest(x)
-            for path, x in zip(paths, leaves, strict=True)
-        }
-        self.spent: list[jax.Array] = []  # the caller's, which are his no longer
-        self.donated = _unshared(leaves) if donate else {}
-        if offload:
-            self.spent += self.donated.values()
-            self.donated = {}
-            self.release()
+        # The caller's arrays that may be deleted, and those that are to be, soon.
+        self.donated = _unshared(by_path, work.batches) if donate else {}
+        self.spent: list[jax.Array] = []
+        self.weights: dict[str, Any] = {}
+        self.ours: set[str] = set()  # leaves that may be written into
+        for path, x in by_path.items():
+            self.weights[path] = x if _tree.is_hole(x) else self.rest(x)
+            if self.weights[path] is not x:
+                self.ours.add(path)
+                self.spend(path)
+                self.release()
         # Masks, of whole leaves or of layers, at a bit a weight until the end.
         self.found: dict[str, dict[int | None, PackedMask]] = {}
-        self.own: set[str] = set()  # leaves that are no longer the caller's
         self.statistics = statistics
         self.batch_axes, self.empty_rows = work.batch_axes, work.empty_rows
         # Without statistics only shapes are needed, and nothing is run.
@@ -110,7 +109,7 @@ class Run:
         """Keeps what a block gave."""
         for slot, x in zip(slots, found, strict=True):
             if self.offload and self.statistics:
-                self.placed[slot] = getattr(x, "sharding", None)
+                self.placed[slot] = placement(x)
                 x = self.rest(x)
             values[slot] = x
 
@@ -173,18 +172,22 @@ class Run:
         path, layer = leaf
         packed = jax.tree.map(self.rest, masks.pack_leaf(mask))
         self.found.setdefault(path, {})[layer] = packed
-        given = self.donated.pop(id(self.weights[path]), None)
+        given = path in self.donated
+        self.spend(path)
         if layer is None:
-            if given is not None:
-                self.spent.append(given)
             self.weights[path] = self.rest(w)
             return
-        if path not in self.own:  # what is written into is ours
-            self.own.add(path)
-            if given is None:
+        if path not in self.ours:
+            self.ours.add(path)
+            if not given:
                 xnp = np if self.offload else jnp
                 self.weights[path] = xnp.copy(self.weights[path])
         self.weights[path] = self.put(self.weights[path], w, layer)
+
+    def spend(self, path: str) -> None:
+        """The caller's array, if it was given up, is not read again behind this block."""
+        if path in self.donated:
+            self.spent.append(self.donated.pop(path))
 
     def release(self) -> None:
         """Deletes dense weights that were given up, and are not read again."""
@@ -274,25 +277,44 @@ def _axes_of(
     return found
 
 
-def _unshared(leaves: Sequence[Any]) -> dict[int, jax.Array]:
-    """Arrays by identity, those left out whose memory another one has too."""
-    arrays = {id(x): x for x in leaves if isinstance(x, jax.Array)}
-    counts = collections.Counter(id(x) for x in leaves)
-    buffers = {
-        key: {_buffer(shard.data) for shard in x.addressable_shards}
-        for key, x in arrays.items()
-        if not _tree.is_key(x)
-    }
-    users = collections.Counter(b for found in buffers.values() for b in found)
+def placement(x: Any) -> Any:
+    """Where an array was put; `None` where nobody said so."""
+    return x.sharding if isinstance(x, jax.Array) and x.committed else None
+
+
+def _unshared(
+    leaves: Mapping[str, Any], batches: Sequence[tuple]
+) -> dict[str, jax.Array]:
+    """Arrays whose memory no other leaf and no batch has too."""
+    found = {path: x for path, x in leaves.items() if _is_plain(x)}
+    others = [x for x in jax.tree.leaves(batches) if _is_plain(x)]
+    used = collections.Counter(
+        buffer for x in (*found.values(), *others) for buffer in _buffers(x)
+    )
     return {
-        key: arrays[key]
-        for key, found in buffers.items()
-        if counts[key] == 1 and all(users[b] == 1 for b in found)
+        path: x for path, x in found.items() if all(used[b] == 1 for b in _buffers(x))
     }
 
 
-def _buffer(x: jax.Array) -> tuple[Any, int]:
-    return next(iter(x.devices())), x.unsafe_buffer_pointer()
+def _check_alive(leaves: Mapping[str, Any]) -> None:
+    gone = [p for p, x in leaves.items() if isinstance(x, jax.Array) and x.is_deleted()]
+    if gone:
+        raise ValueError(
+            f"params: {_tree.listing(gone)} was deleted, as by donate=True of an earlier call, "
+            "or by a jitted function that it was donated to. Make or load it again."
+        )
+
+
+def _is_plain(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not _tree.is_key(x)
+
+
+def _buffers(x: jax.Array) -> list[tuple[Any, int]]:
+    """Where its shards lie."""
+    return [
+        (shard.device, shard.data.unsafe_buffer_pointer())
+        for shard in x.addressable_shards
+    ]
 
 
 def _check_addressable(leaves: Mapping[str, Any]) -> None:

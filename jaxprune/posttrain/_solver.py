@@ -192,18 +192,9 @@ def check(
             f"Block(16, 16): {name} prunes within one matrix. Whole neurons or heads are "
             "for jaxprune.structured."
         )
-    if isinstance(structure, Unstructured):
+    structure = of_matrix(structure, w, "w")
+    if not isinstance(structure, NM):
         return allocation.exact(sparsity), structure
-    k_axes, n_axes = structure.matrix_axes("w", w.shape)
-    if (k_axes, n_axes) != ((w.ndim - 2,), (w.ndim - 1,)):
-        raise ValueError(
-            f"structure: {structure} sees K on axes {k_axes} of weights {tuple(w.shape)}; "
-            "expected the last but one, as solvers get [*stack, K, N]. Use axis=-2."
-        )
-    structure = dataclasses.replace(structure, axis=-2)
-    structure.units("w", jax.ShapeDtypeStruct(w.shape[-2:], w.dtype))
-    if isinstance(structure, Block):
-        return allocation.exact(sparsity), dataclasses.replace(structure, out_axis=-1)
     whole = 1 - Fraction(structure.n, structure.m)
     if sparsity is not None and allocation.exact(sparsity) != whole:
         raise ValueError(
@@ -211,6 +202,23 @@ def check(
             f"weights. Leave it out (None), or ask for {float(whole)}."
         )
     return whole, structure
+
+
+def of_matrix(structure: Structure, w: Any, path: str) -> Structure:
+    """The structure of each `[K, N]` in `[*stack, K, N]`, which it must divide."""
+    if not isinstance(structure, NM | Block):
+        return structure
+    k_axes, n_axes = structure.matrix_axes(path, w.shape)
+    if (k_axes, n_axes) != ((w.ndim - 2,), (w.ndim - 1,)):
+        raise ValueError(
+            f"structure: {structure} sees K on axes {k_axes} of weights {tuple(w.shape)}; "
+            "expected the last but one, as solvers get [*stack, K, N]. Use axis=-2."
+        )
+    structure = dataclasses.replace(structure, axis=-2)
+    if isinstance(structure, Block):
+        structure = dataclasses.replace(structure, out_axis=-1)
+    structure.units(path, jax.ShapeDtypeStruct(w.shape[-2:], w.dtype))
+    return structure
 
 
 def check_matrix(name: str, w: Any, inputs: Any, statistics: tuple[str, ...]) -> None:

@@ -1,17 +1,17 @@
 """What each leaf is to be pruned to: a sparsity, and the structure of what goes."""
 
+import fnmatch
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 from jaxprune import _tree
 from jaxprune import allocation as allocations
 from jaxprune.allocation import Allocation, Shapes, Sparsities
 from jaxprune.posttrain._solver import Sparsity
-from jaxprune.posttrain._work import Work
-from jaxprune.structures import NM, Structure
-from jaxprune.tracing import Leaf
+from jaxprune.structures import NM, Block, Structure, Unstructured
 
-Structures = (
+StructureByLeaf = (
     Structure
     | Mapping[str, Structure]
     | Callable[[Shapes, Sparsities], Mapping[str, Structure]]
@@ -25,9 +25,12 @@ class Wanted(NamedTuple):
     structure: Structure
 
 
-def by_leaf(
-    work: Work, sparsity: Sparsity, structure: Structures, allocation: Allocation
-) -> dict[Leaf, Wanted]:
+def by_name(
+    shapes: Shapes,
+    sparsity: Sparsity,
+    structure: StructureByLeaf,
+    allocation: Allocation,
+) -> dict[str, Wanted]:
     """What each leaf or layer is to be pruned to; refuses what says too little."""
     if allocation == "global":
         raise ValueError(
@@ -35,48 +38,110 @@ def by_leaf(
             "function of shapes and sparsity, since matrices are pruned one after the "
             "other. jaxprune.allocation.owl divides a sparsity by activations."
         )
-    shapes = work.shapes
-    if callable(structure):
-        sparsities = allocations.allocate(allocation, shapes, sparsity)
-        found = structure(shapes, sparsities)
-        if not isinstance(found, Mapping) or set(found) != set(shapes):
-            names = sorted(found) if isinstance(found, Mapping) else [repr(found)]
+    if isinstance(structure, Mapping):
+        structures = _matched(structure, shapes)
+        sparsities = _free(structures, shapes, sparsity, allocation)
+    elif callable(structure) and not isinstance(structure, type):
+        if sparsity is None and not isinstance(allocation, Mapping):
             raise ValueError(
-                f"structure: the function answered {_tree.listing(names)}; expected a "
-                f"structure for exactly {_tree.listing(sorted(shapes))}."
+                "sparsity: got None; expected a number in [0, 1) with a structure that is a "
+                "function, which is given the sparsities of all leaves."
             )
-        # What the function was told is in the N:M that it gave.
-        free = {p: s for p, s in sparsities.items() if not isinstance(found[p], NM)}
+        sparsities = allocations.allocate(allocation, shapes, sparsity)
+        structures = _answered(structure(dict(shapes), dict(sparsities)), shapes)
     else:
-        found = _matched(structure, shapes)
-        free = _sparsities(found, shapes, sparsity, allocation)
+        structures = dict.fromkeys(shapes, _checked(structure, "structure"))
+        sparsities = _free(structures, shapes, sparsity, allocation)
+        if isinstance(structure, NM) and sparsity is not None:
+            _check_same(structure, allocations.exact(sparsity))
     return {
-        leaf: Wanted(free.get(name), found[name]) for leaf, name in work.names.items()
+        name: Wanted(None if isinstance(x, NM) else sparsities[name], x)
+        for name, x in structures.items()
     }
 
 
-def _matched(
-    structure: Structure | Mapping[str, Structure], shapes: Shapes
-) -> dict[str, Structure]:
-    if not isinstance(structure, Mapping):
-        return dict.fromkeys(shapes, structure)
-    _tree.check_patterns(list(shapes), structure, name="structure")
-    found = {p: _tree.lookup(p, structure) for p in shapes}
+def _checked(structure: Any, name: str) -> Structure:
+    if not isinstance(structure, Unstructured | NM | Block):
+        raise TypeError(
+            f"{name}: got {structure!r}; expected Unstructured(), NM(2, 4) or Block(8, 128), a "
+            "mapping of path patterns to them, or a function of shapes and sparsities. "
+            "Channels are for jaxprune.structured."
+        )
+    return structure
+
+
+def _check_same(structure: NM, sparsity: Fraction) -> None:
+    whole = _share(structure)
+    if sparsity != whole:
+        raise ValueError(
+            f"sparsity: got {float(sparsity)} with {structure}, which prunes {whole} of the "
+            f"weights. Leave it out, ask for {float(whole)}, or for another n and m."
+        )
+
+
+def _share(structure: NM) -> Fraction:
+    return 1 - Fraction(structure.n, structure.m)
+
+
+def _matched(table: Mapping[str, Structure], shapes: Shapes) -> dict[str, Structure]:
+    """The structure of each leaf, by the last pattern that matches."""
+    for pattern, x in table.items():
+        _checked(x, f"structure for {pattern!r}")
+    _tree.check_patterns(list(shapes), table, name="structure")
+    found = {p: _tree.lookup(p, table) for p in shapes}
     if missing := [p for p, x in found.items() if x is None]:
         raise ValueError(
-            f"structure: no pattern of {list(structure)} matches {_tree.listing(missing)}. "
-            "Add a pattern '*' in front for all others, or leave them out with where=."
+            f"structure: no pattern of {list(table)} matches {_tree.listing(missing)}. Put a "
+            "pattern '*' in front for all others, or leave them out with where=."
         )
     return {p: x for p, x in found.items() if x is not None}
 
 
-def _sparsities(
-    found: Mapping[str, Structure],
+def _answered(found: Any, shapes: Shapes) -> dict[str, Structure]:
+    """What a function gave for each leaf."""
+    if not isinstance(found, Mapping):
+        raise TypeError(
+            f"structure: the function gave {found!r}; expected a mapping of paths to "
+            "structures, as jaxprune.allocation.mixed_nm gives."
+        )
+    for what, names in (
+        ("nothing for", set(shapes) - set(found)),
+        ("what is no leaf,", set(found) - set(shapes)),
+    ):
+        if names:
+            raise ValueError(
+                f"structure: the function gave {what} "
+                f"{_tree.listing(sorted(map(str, names)))}; expected a structure for each of "
+                f"{_tree.listing(sorted(shapes))}."
+            )
+    return {p: _checked(found[p], f"structure for {p}") for p in shapes}
+
+
+def _free(
+    structures: Mapping[str, Structure],
     shapes: Shapes,
     sparsity: Sparsity,
     allocation: Allocation,
 ) -> Sparsities:
-    """Without a sparsity, that of each leaf whose structure does not say it."""
-    if sparsity is None:
-        shapes = {p: s for p, s in shapes.items() if not isinstance(found[p], NM)}
-    return allocations.allocate(allocation, shapes, sparsity) if shapes else {}
+    """The sparsity of each leaf whose structure does not say it."""
+    told = {p: _share(x) for p, x in structures.items() if isinstance(x, NM)}
+    free = {p: shape for p, shape in shapes.items() if p not in told}
+    if isinstance(allocation, Mapping):
+        _tree.check_patterns(list(shapes), allocation, name="allocation")
+        for pattern, x in allocation.items():
+            names = fnmatch.filter(shapes, pattern)
+            share = allocations.exact(x, f"allocation for {pattern!r}")
+            if all(p in told for p in names) and any(told[p] != share for p in names):
+                raise ValueError(
+                    f"allocation: got {x} for {pattern!r}, where {structures[names[0]]} says "
+                    f"the sparsity of {names[0]}, {told[names[0]]}. Leave the pattern out, or "
+                    "ask for another n and m."
+                )
+        allocation = {k: x for k, x in allocation.items() if fnmatch.filter(free, k)}
+    elif not free and allocation != "uniform":
+        raise ValueError(
+            f"allocation: got {allocation!r}, and N:M says the sparsity of every leaf. Leave "
+            "it out; or give each leaf an N by its sparsity, structure=functools.partial("
+            "jaxprune.allocation.mixed_nm, m=8)."
+        )
+    return allocations.allocate(allocation, free, sparsity) if free else {}

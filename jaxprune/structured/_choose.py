@@ -3,6 +3,7 @@
 import fnmatch
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -77,7 +78,7 @@ def plan(
         a member's path; the last match wins, and 0 keeps all. These ratios hold whatever
         `ratio`, `target` or `kinds`.
       round_to: the number kept is a multiple of this, the nearest one, or all. For groups
-        of some kinds only, `{"neuron": 16}`.
+        of some kinds only, `{"neuron": 16}`; other kinds are as they come.
       min_keep: the least number kept in a group.
       max_ratio: the largest share removed of a group.
       normalize: whether scores are divided by the mean of their group before groups are
@@ -159,13 +160,18 @@ def _check(ratio, target, scope, round_to, min_keep, max_ratio, kinds) -> None:
 
 
 def check_counts(round_to: RoundTo, min_keep: int) -> None:
-    """Refuses steps and least numbers below 1, and steps for kinds that are none."""
-    steps = round_to if isinstance(round_to, Mapping) else {None: round_to}
-    if min(min_keep, *steps.values()) < 1:
-        raise ValueError(
-            f"round_to, min_keep: got {round_to!r} and {min_keep!r}; expected 1 or more."
-        )
-    if unknown := [k for k in steps if k is not None and k not in _kinds.KINDS]:
+    """Refuses what are no whole numbers of 1 or more, and kinds that are none."""
+    steps = dict(round_to) if isinstance(round_to, Mapping) else {}
+    each = steps.values() if isinstance(round_to, Mapping) else [round_to]
+    for name, given, numbers in (
+        ("round_to", round_to, each),
+        ("min_keep", min_keep, [min_keep]),
+    ):
+        if not all(isinstance(x, Integral) and x >= 1 for x in numbers):
+            raise ValueError(
+                f"{name}: got {given!r}; expected whole numbers of 1 or more, such as 8."
+            )
+    if unknown := [k for k in steps if k not in _kinds.KINDS]:
         raise ValueError(
             f"round_to: got {unknown}; expected some of the kinds {_kinds.KINDS}."
         )

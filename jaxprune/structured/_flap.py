@@ -93,7 +93,7 @@ def flap(
 
     Returns:
       The plan; the nearest to the budget that a threshold can give, except where `round_to`
-      moves a group off it, and `min_keep` or its own minimum keeps more. Groups that no
+      moves a group off it, or `min_keep` or its own minimum keeps more. Groups that no
       product with statistics reads keep all.
 
     Raises:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxprune as jp
 from jaxprune import posttrain
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -68,7 +69,7 @@ def begun(tmp_path_factory):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsity": 0.25}, r"sparsity: .* was begun with 0.5"),
+        ({"sparsity": 0.25}, r"sparsity: .* was begun with '1/2'"),
         ({"where": "*/up"}, r"where: .* was begun with \('layers/0/down', "),
         ({"method": posttrain.magnitude()}, "method: .* was begun with"),
         ({"batches": arguments()[1][:2]}, "batches: .* was begun with other values"),
@@ -104,6 +105,32 @@ def test_another_function_that_does_the_same_goes_on(begun):
     )
     assert not seen
     jax.tree.map(np.testing.assert_array_equal, again[:2], run()[:2])
+
+
+class EachWith:
+    """A structure by what it holds, which its name does not say."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __call__(self, shapes, sparsities):
+        return {path: jp.NM(self.n, 4) for path in shapes}
+
+
+def test_what_the_structure_comes_to_is_what_counts(tmp_path):
+    first = run(tmp_path, structure=EachWith(1))
+    again = run(tmp_path, structure=jp.NM(1, 4), sparsity=None)
+    jax.tree.map(np.testing.assert_array_equal, again[:2], first[:2])
+    with pytest.raises(ValueError, match="structure: .* was begun with NM.*'n': 1"):
+        run(tmp_path, structure=EachWith(2))
+    whole = run()
+    batches = arguments()[1]
+    options = {"sparsity": 0.5, "directory": tmp_path / "donated", "donate": True}
+    for _ in range(2):  # begun, and complete
+        given = arguments()[0]
+        found = posttrain.prune(model, given, batches, **options)
+        jax.tree.map(np.testing.assert_array_equal, found[:2], whole[:2])
+        assert all(x.is_deleted() for x in jax.tree.leaves(given))
 
 
 def test_what_cannot_be_read_is_named(tmp_path):

@@ -150,6 +150,7 @@ def test_rounding_least_and_largest_shares_and_overrides():
     assert kept(ratio=0.4, round_to=4) == [8, 8]
     kind = GRAPH["a:1"].kind
     assert kept(ratio=0.4, round_to={kind: 4}) == [8, 8]
+    assert kept(ratio=0.4, round_to={}) == [10, 7]
     assert kept(ratio=0.4, round_to={"expert": 4}) == kept(ratio=0.4) == [10, 7]
     assert kept(ratio=0.9, min_keep=3) == [3, 3]
     assert kept(ratio=0.9, max_ratio=0.5) == [8, 6]
@@ -294,10 +295,13 @@ def test_abstract_parameters_are_enough():
         ({"target": structured.Target(flops=1.5)}, "target: got"),
         ({"target": structured.Target(flops=0.001)}, "these shares remain"),
         ({"ratio": 0.5, "scope": "all"}, "scope: got 'all'"),
-        ({"ratio": 0.5, "round_to": 0}, "round_to, min_keep: got 0 and 1"),
+        ({"ratio": 0.5, "round_to": 0}, "round_to: got 0; expected whole"),
+        ({"ratio": 0.5, "round_to": 2.5}, "round_to: got 2.5; expected whole"),
+        ({"ratio": 0.5, "round_to": None}, "round_to: got None; expected whole"),
+        ({"ratio": 0.5, "min_keep": 0}, "min_keep: got 0; expected whole"),
         (
             {"ratio": 0.5, "round_to": {"head": 0}},
-            "round_to, min_keep: got {'head': 0}",
+            "round_to: got {'head': 0}",
         ),
         ({"ratio": 0.5, "round_to": {"heads": 2}}, r"round_to: got \['heads'\]"),
         ({"ratio": 0.5, "max_ratio": 0.0}, "max_ratio: got 0.0"),
