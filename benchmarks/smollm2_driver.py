@@ -6,8 +6,9 @@ difference of a statistic, as a share of its largest value, and the share of wei
 masks differ. Then what a calibration step costs beside a forward pass, by statistic. Last,
 by how much the memory of the process rises while it prunes, against the bound: the pruned
 weights and masks, the statistics of one block, four copies of its largest Gram matrix, and
-two buffers for the activations of all batches. What a forward pass holds inside a block is
-not in the bound, and grows with the batch; so the batch is varied.
+two buffers for the activations of all batches. With `donate=True` weights and masks are not
+in the bound. What a forward pass holds inside a block is not either, and grows with the
+batch; so the batch is varied.
 
     python benchmarks/smollm2_driver.py --data-dir .data
 
@@ -51,6 +52,19 @@ WINDOWS, LENGTH, BATCH = 32, 512, 8
 FEW = 2  # layers that eight devices run
 LEAVES = 7  # matrices of a layer
 LIBC, M_MMAP_THRESHOLD = ctypes.CDLL("libc.so.6"), -3  # glibc
+
+
+class Allocated(ctypes.Structure):
+    """What glibc's `mallinfo2` gives."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks",
+                     "fsmblks", "uordblks", "fordblks", "keepcost")
+    ]  # fmt: skip
+
+
+LIBC.mallinfo2.restype = Allocated
 METHODS = {"Wanda": jp.posttrain.wanda(), "SparseGPT": jp.posttrain.sparsegpt()}
 Case = tuple[demo.Net, Any, list[Any]]  # parameters, and batches
 
@@ -173,18 +187,19 @@ def held(net: demo.Net, ids: np.ndarray, size: int, donate: bool) -> str:
     gc.collect()
     LIBC.malloc_trim(0)  # what the first run left goes back
     with Peak() as peak:
-        found = run("*/kernel", donate)
-        weights = sum(m.size for m in jax.tree.leaves(found[1]))
+        masks = run("*/kernel", donate)[1]
+        weights = sum(m.size for m in jax.tree.leaves(masks))
     grams = 4 * (3 * 576**2 + 1536**2)
     bound = grams + 4 * 4 * 1536**2 + 2 * ids.size * 576 * 4
-    rise, new = peak.most - peak.before, 0 if donate else 4 * weights
-    cells = rise, new, weights, bound, rise - new - weights, rise - new
+    if not donate:
+        bound += 4 * weights + weights
+    cells = *(peak.most[x] - peak.before[x] for x in peak.most), bound
     row = " | ".join(f"{x / 2**20:.0f}" for x in cells)
     return f"| {size} | {'yes' if donate else 'no'} | {row} |"
 
 
 class Peak:
-    """The most memory that this process holds meanwhile, files that it maps left out."""
+    """The most memory that is held meanwhile."""
 
     def __enter__(self) -> "Peak":
         self.before = self.most = self.held()
@@ -199,14 +214,22 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._over.wait(0.002):
-            self.most = max(self.most, self.held())
+            now = self.held()
+            self.most = {x: max(now[x], self.most[x]) for x in now}
 
     @staticmethod
-    def held() -> int:
-        """Bytes, from what the kernel says."""
+    def held() -> dict[str, int]:
+        """Bytes: of arrays and what XLA works in, and of the whole process.
+
+        Allocations from 128 KiB on are mapped, and glibc counts them. Files that the process
+        maps are left out.
+        """
         text = pathlib.Path("/proc/self/status").read_text()
         (line,) = (x for x in text.splitlines() if x.startswith("RssAnon"))
-        return int(line.split()[1]) * 1024
+        return {
+            "arrays": LIBC.mallinfo2().hblkhd,
+            "process": int(line.split()[1]) * 1024,
+        }
 
 
 def main() -> None:
@@ -231,10 +254,10 @@ def main() -> None:
         print(costs(demo.in_linen(lm), ids[:4], args.rounds), end="\n\n", flush=True)
     if args.only in (None, "held"):
         print(
-            "| windows a batch | given up | rise, MiB | new weights | masks | bound "
-            "| rise without weights and masks | rise without weights |"
+            "| windows a batch | parameters given up | arrays, MiB | process, MiB "
+            "| bound, MiB |"
         )
-        print("|---" * 8 + "|")
+        print("|---" * 5 + "|")
         for size, donate in itertools.product((BATCH, 2, 1), (False, True)):
             # Each in a process of its own, with nothing left from another.
             options = ["--data-dir", str(args.data_dir), "--held", str(size)]
