@@ -16,7 +16,7 @@ from jaxprune.calibration._calibrate import check_statistics
 from jaxprune.posttrain import _fits, _mesh, _wanted, _work
 from jaxprune.posttrain._folder import Folder, Solved
 from jaxprune.posttrain._report import Report, Row
-from jaxprune.posttrain._run import Run, placement, uses
+from jaxprune.posttrain._run import Run, uses
 from jaxprune.posttrain._solver import Solution, Solver, Sparsity, layer_error
 from jaxprune.posttrain._sparsegpt import sparsegpt
 from jaxprune.posttrain._wanted import StructureByLeaf, Wanted
@@ -194,7 +194,7 @@ def _solved(
         w, leaf = own[j], block.leaves[j]
         with _mesh.auto((w, stats)) as (free, known):
             solved = _solve(block, j, free, known, method, refine, wanted[leaf])
-        new, mask = jax.device_put(solved[:2], placement(w))
+        new, mask = jax.device_put(solved[:2], getattr(w, "sharding", None))
         yield Solved(new, mask, solved.rows)
 
 

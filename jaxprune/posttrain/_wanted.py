@@ -52,8 +52,6 @@ def by_name(
     else:
         structures = dict.fromkeys(shapes, _checked(structure, "structure"))
         sparsities = _free(structures, shapes, sparsity, allocation)
-        if isinstance(structure, NM) and sparsity is not None:
-            _check_same(structure, allocations.exact(sparsity))
     return {
         name: Wanted(None if isinstance(x, NM) else sparsities[name], x)
         for name, x in structures.items()
@@ -70,7 +68,7 @@ def _checked(structure: Any, name: str) -> Structure:
     return structure
 
 
-def _check_same(structure: NM, sparsity: Fraction) -> None:
+def _check_same(structure: Any, sparsity: Fraction) -> None:
     whole = _share(structure)
     if sparsity != whole:
         raise ValueError(
@@ -128,20 +126,24 @@ def _free(
     free = {p: shape for p, shape in shapes.items() if p not in told}
     if isinstance(allocation, Mapping):
         _tree.check_patterns(list(shapes), allocation, name="allocation")
-        for pattern, x in allocation.items():
-            names = fnmatch.filter(shapes, pattern)
-            share = allocations.exact(x, f"allocation for {pattern!r}")
-            if all(p in told for p in names) and any(told[p] != share for p in names):
-                raise ValueError(
-                    f"allocation: got {x} for {pattern!r}, where {structures[names[0]]} says "
-                    f"the sparsity of {names[0]}, {told[names[0]]}. Leave the pattern out, or "
-                    "ask for another n and m."
-                )
-        allocation = {k: x for k, x in allocation.items() if fnmatch.filter(free, k)}
+        reach = {k: fnmatch.filter(free, k) for k in allocation}
+        for path, share in told.items():
+            own = [k for k in allocation if fnmatch.fnmatchcase(path, k)][-1:]
+            for k in (k for k in own if not reach[k]):
+                if allocations.exact(allocation[k], f"allocation for {k!r}") != share:
+                    raise ValueError(
+                        f"allocation: got {allocation[k]} for {k!r}, where {structures[path]} "
+                        f"says the sparsity of {path}, {share}. Leave the pattern out, or ask "
+                        "for another n and m."
+                    )
+        allocation = {k: x for k, x in allocation.items() if reach[k]}
     elif not free and allocation != "uniform":
         raise ValueError(
             f"allocation: got {allocation!r}, and N:M says the sparsity of every leaf. Leave "
             "it out; or give each leaf an N by its sparsity, structure=functools.partial("
             "jaxprune.allocation.mixed_nm, m=8)."
         )
+    elif not free and sparsity is not None:
+        for path in told:
+            _check_same(structures[path], allocations.exact(sparsity))
     return allocations.allocate(allocation, free, sparsity) if free else {}

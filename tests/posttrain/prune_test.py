@@ -163,6 +163,9 @@ def test_structures_by_pattern():
         assert kept_of(masks, (f"layers_{i}", "up"), 4) == [1]
         assert kept_of(masks, (f"layers_{i}", "down"), 8) == [3]
     assert [r.sparsity for r in report.rows] == [0.625, 0.75] * 3
+    overridden = {"layers_0/*": 0.7, "*": 0.5}
+    *_, report = run(structure=jp.NM(2, 4), allocation=overridden)
+    assert [r.sparsity for r in report.rows] == [0.5] * 6
     # A sparsity is for those whose structure does not say it.
     table = {"*": jp.Unstructured(), "layers_1/up/kernel": jp.NM(2, 4)}
     given = {"layers_1/down/kernel": 0.25, "layers_[02]/*": 0.75}
@@ -189,6 +192,8 @@ NAMES = [f"layers_{i}/{part}/kernel" for i in range(3) for part in ("down", "up"
             ValueError,
             "sparsity: got 0.6 with NM.*, which prunes 1/2 .*Leave it out",
         ),
+        ({"structure": {"*": NM}, "sparsity": 0.7}, ValueError, "got 0.7 with NM"),
+        ({"structure": {"*": NM}, "sparsity": 7}, ValueError, "sparsity: got 7"),
         (
             {"structure": {"*/up/*": NM}},
             ValueError,
