@@ -31,7 +31,7 @@ def by_name(
     structure: StructureByLeaf,
     allocation: Allocation,
 ) -> dict[str, Wanted]:
-    """What each leaf or layer is to be pruned to; refuses what says too little."""
+    """What each leaf or layer is to be pruned to; refuses too little, and contradictions."""
     if allocation == "global":
         raise ValueError(
             "allocation: got 'global'; expected 'uniform', 'er', 'erk', a mapping or a "
