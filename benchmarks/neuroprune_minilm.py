@@ -167,9 +167,9 @@ def run(arm: str, sparsity: float, seed: int, builder) -> dict:
     zeros = sum(int((x == 0).sum()) for x in kernels.values())
     mlp = [x for p, x in kernels.items() if "/mlp/" in p]
     pure = [np.asarray(x) for x in kernels.values()]
-    small, sizes = jp.neuroprune_shrink(
-        params, roles=model.ROLES, activation=model.activation
-    )
+    static, _, frozen = model.split(trainer.model)
+    small = train.shrunk(static, params, frozen)
+    config = model.sizes(small)
     out = {
         "arm": arm, "sparsity": sparsity, "seed": seed,
         "accuracy": float(right.mean()),
@@ -177,12 +177,12 @@ def run(arm: str, sparsity: float, seed: int, builder) -> dict:
         "degree_deviation": float(np.mean([jp.analysis.degree_deviation(x) for x in mlp])),
         "four_group_share": float(np.mean([jp.analysis.four_group_share(x) for x in mlp])),
         "kept_mean": float(np.mean(np.concatenate([np.abs(x[x != 0]) for x in pure]))),
-        "heads": sum(s.heads[1] for s in sizes),
-        "neurons": sum(s.neurons[1] for s in sizes),
+        "heads": sum(config.heads),
+        "neurons": sum(config.ff),
         "final_loss": float(np.mean(losses[-20:])),
         "right": base64.b64encode(np.packbits(right)).decode(),
     }  # fmt: skip
-    out["inference_ratio"] = inference_ratio(trainer.model, small, sizes, test)
+    out["inference_ratio"] = inference_ratio(trainer.model, small, config, test)
     return out
 
 
@@ -231,12 +231,9 @@ def encoder(params) -> dict[str, jax.Array]:
     return {p: x for p, x in named.items() if fnmatch.fnmatchcase(p, ENCODER)}
 
 
-def inference_ratio(lm, small, sizes, test, repeats: int = 9) -> float:
+def inference_ratio(lm, small, config, test, repeats: int = 9) -> float:
     """Time of the shrunk model over that of the dense one, median of paired runs."""
     static, params, frozen = model.split(lm)
-    config = model.Config(
-        heads=tuple(s.heads[1] for s in sizes), ff=tuple(s.neurons[1] for s in sizes)
-    )
     small_static, _, _ = model.split(model.abstract(config))
     batch = {k: v[:64] for k, v in test.items()}
     fast, slow = (

@@ -38,7 +38,6 @@ from .training import masked as masked
 from .training import mdgf as mdgf
 from .training import neuroprune as neuroprune
 from .training import neuroprune_fold as neuroprune_fold
-from .training import neuroprune_shrink as neuroprune_shrink
 from .training import pdp as pdp
 from .training import rigl as rigl
 from .training import sdgf as sdgf

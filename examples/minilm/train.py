@@ -72,9 +72,8 @@ def shrunk(static: nnx.GraphDef, params: nnx.State, frozen: nnx.State) -> nnx.St
     params = jp.neuroprune_fold(params, roles=model.ROLES, activation=model.activation)
     batch = {"ids": jnp.zeros((2, 8), int), "mask": jnp.ones((2, 8), bool)}
     graph = jp.structured.trace(forward(static, frozen), params, batch)
-    alive = graph.as_groups(kinds=("head", "neuron")).alive(params)
-    kept = {n: np.flatnonzero(x) if x.any() else [0] for n, x in alive.items()}
-    return jp.structured.planned(graph, kept).shrink(params)
+    plan = jp.structured.without_zeros(graph, params, kinds=("head", "neuron"))
+    return plan.shrink(params)
 
 
 def cross_entropy(logits: Float[Array, "b c"], batch: Batch) -> Float[Array, ""]:

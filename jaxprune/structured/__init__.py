@@ -59,3 +59,4 @@ from ._trace import Group as Group
 from ._trace import Member as Member
 from ._trace import trace as trace
 from ._verify import Verification as Verification
+from ._without_zeros import without_zeros as without_zeros

@@ -105,10 +105,9 @@ def plan(
       >>> plan.shrink(params)["up"].shape
       (2, 6)
     """
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    _check(ratio, target, scope, round_to, min_keep, max_ratio, kinds)
+    wanted = _wanted(kinds)
+    _check(ratio, target, scope, round_to, min_keep, max_ratio)
     fixed = _overrides(graph, overrides or {})
-    wanted = set(kinds) if kinds else set(_kinds.KINDS) - {"layer", "row"}
     groups = [g for g in graph.groups if g.kind in wanted and g.name not in fixed]
     if not groups and not any(fixed.values()) and ratio != 0:
         _refuse_nothing(graph, wanted)
@@ -137,7 +136,27 @@ def plan(
     return choose(counts(share))
 
 
-def _check(ratio, target, scope, round_to, min_keep, max_ratio, kinds) -> None:
+def groups_of(graph: Graph, kinds: Kind | Sequence[Kind] | None) -> list[Group]:
+    """The groups of these kinds; by default of all but layers and rows.
+
+    Raises:
+      ValueError: if there are none.
+    """
+    wanted = _wanted(kinds)
+    found = [g for g in graph.groups if g.kind in wanted]
+    if not found:
+        _refuse_nothing(graph, wanted)
+    return found
+
+
+def _wanted(kinds: Kind | Sequence[Kind] | None) -> set[Kind]:
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if unknown := [k for k in kinds or () if k not in _kinds.KINDS]:
+        raise ValueError(f"kinds: got {unknown}; expected some of {_kinds.KINDS}.")
+    return set(kinds) if kinds else set(_kinds.KINDS) - {"layer", "row"}
+
+
+def _check(ratio, target, scope, round_to, min_keep, max_ratio) -> None:
     if (ratio is None) == (target is None):
         raise ValueError(
             f"ratio, target: got {ratio!r} and {target!r}; expected one of them, such as "
@@ -154,9 +173,6 @@ def _check(ratio, target, scope, round_to, min_keep, max_ratio, kinds) -> None:
     check_counts(round_to, min_keep)
     if not 0 < max_ratio <= 1:
         raise ValueError(f"max_ratio: got {max_ratio!r}; expected a share in (0, 1].")
-    unknown = [k for k in kinds or () if k not in _kinds.KINDS]
-    if unknown:
-        raise ValueError(f"kinds: got {unknown}; expected some of {_kinds.KINDS}.")
 
 
 def check_counts(round_to: RoundTo, min_keep: int) -> None:

@@ -11,6 +11,7 @@ from ._clients import merge_moments as merge_moments
 from ._clients import top_gradients as top_gradients
 from ._dhspg import DhspgState as DhspgState
 from ._dhspg import dhspg as dhspg
+from ._fold import neuroprune_fold as neuroprune_fold
 from ._gmp import gmp as gmp
 from ._gradient_flow import mdgf as mdgf
 from ._gradient_flow import nm_stages as nm_stages
@@ -37,9 +38,6 @@ from ._pdp import pdp as pdp
 from ._rigl import rigl as rigl
 from ._roles import Roles as Roles
 from ._set import set_ as set_
-from ._shrink import LayerSizes as LayerSizes
-from ._shrink import neuroprune_fold as neuroprune_fold
-from ._shrink import neuroprune_shrink as neuroprune_shrink
 from ._soft_top_k import SoftTopKState as SoftTopKState
 from ._soft_top_k import soft_top_k as soft_top_k
 from ._sora import sora as sora

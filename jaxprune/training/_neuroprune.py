@@ -75,8 +75,8 @@ def neuroprune(
        heads (Eq. 2).
     3. *Redundant heads*: every `head_every` steps, heads whose weights differ from
        another's by at most a threshold are folded into it and masked (Algorithms 2, 3).
-       `jaxprune.neuroprune_fold` and a plan of `jaxprune.structured`, or
-       `jaxprune.neuroprune_shrink`, remove them after training.
+       `jaxprune.neuroprune_fold` and `jaxprune.structured.without_zeros` remove them
+       after training.
 
     The penalties act as proximal steps after the inner optimizer: a soft threshold
     `strength * c` with `c` the weight of Eq. (1), or for Eq. (2) the slope

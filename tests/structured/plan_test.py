@@ -385,3 +385,32 @@ def test_a_state_leaf_of_another_shape_is_refused():
     plan = structured.plan(GRAPH, SCORES, ratio=0.5)
     with pytest.raises(ValueError, match=r"belongs to a has the shape \(5, 5\)"):
         plan.shrink_state({"mu": {**P, "a": jnp.ones((5, 5))}}, P)
+
+
+def test_what_is_zero_goes_in_each_layer_its_own_units():
+    def fn(p, x):
+        def layer(x, w):
+            return x + jax.nn.relu(x @ w["up"]) @ w["down"], None
+
+        return jax.lax.scan(layer, x, p)[0]
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "up": jax.random.normal(keys[0], (2, 5, 8)),
+        "down": jax.random.normal(keys[1], (2, 8, 5)),
+    }
+    for i, dead in enumerate(([0, 3, 7], [1, 2])):
+        params["up"] = params["up"].at[i, :, jnp.array(dead)].set(0)
+        params["down"] = params["down"].at[i, jnp.array(dead)].set(0)
+    x = jax.random.normal(keys[2], (4, 5))
+    graph = structured.trace(fn, params, x)
+    plan = structured.without_zeros(graph, params, kinds="neuron")
+    kept = plan.groups["down:1"].kept
+    # The first layer has five live units, and a dead one beside them.
+    assert kept.shape == (2, 6)
+    assert {1, 2, 4, 5, 6} < set(kept[0].tolist())
+    assert kept[1].tolist() == [0, 3, 4, 5, 6, 7]
+    small = plan.shrink(params)
+    np.testing.assert_allclose(plan.rewrite(fn)(small, x), fn(params, x), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"kinds: no group is of a kind in \['head'\]"):
+        structured.without_zeros(graph, params, kinds="head")

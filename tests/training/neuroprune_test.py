@@ -116,11 +116,34 @@ def unstacked(params, form: Layout):
 
 def forward(params, form: Layout, x):
     """The layers one after another; sizes are read off the arrays."""
-    for layer in unstacked(params, form):
+
+    def step(x, layer):
         x = x + attention(layer, form, x)
         hidden = jax.nn.gelu(x @ layer["up"]["kernel"] + layer["up"]["bias"])
-        x = x + hidden @ layer["down"]["kernel"] + layer["down"]["bias"]
+        return x + hidden @ layer["down"]["kernel"] + layer["down"]["bias"], None
+
+    if form.stack:
+        return jax.lax.scan(step, x, params["layers"])[0]
+    for layer in params["layers"].values():
+        x, _ = step(x, layer)
     return x
+
+
+def removed(params, form: Layout, masks=None):
+    """The plan of what is left after NeuroPrune, and the parameters that it leaves."""
+    params = jp.neuroprune_fold(params, masks, roles=form.roles)
+    graph = jp.structured.trace(
+        lambda p, x: forward(p, form, x), params, jnp.ones((6, D))
+    )
+    kinds = ("head", "kv_group", "neuron")
+    plan = jp.structured.without_zeros(graph, params, kinds=kinds)
+    return plan, plan.shrink(params)
+
+
+def heads_of(params, form: Layout):
+    """Of each layer."""
+    return [x["out"]["kernel"].reshape(-1, HEAD_DIM, D).shape[0]
+            for x in unstacked(params, form)]  # fmt: skip
 
 
 def attention(layer, form: Layout, x):
@@ -234,41 +257,10 @@ def test_equal_heads_are_folded_and_removed_without_changing_the_function(form):
     x = jax.random.normal(jax.random.key(9), (5, D))
     want = forward(params, form, x)
     np.testing.assert_allclose(forward(folded, form, x), want, rtol=1e-5, atol=1e-5)
-    small, sizes = jp.neuroprune_shrink(folded, masks, roles=form.roles)
+    _, small = removed(folded, form, masks)
     if form.groups == HEADS:
-        assert all(s.heads == (4, 3) for s in sizes)
+        assert set(heads_of(small, form)) == {3}
     np.testing.assert_allclose(forward(small, form, x), want, rtol=1e-5, atol=1e-5)
-
-
-def test_what_is_folded_can_be_cut_by_a_plan():
-    """Neurons and heads that are dead are 0, and the plan of what is left is the same."""
-    form = layout()
-
-    def dying(c, i):
-        c = c | {"up": c["up"].at[:, : 5 + i].set(0)}  # constant neurons
-        c = c | {"down": c["down"].at[10 + i : 17].set(0)}  # neurons nobody reads
-        c = c | {"o": c["o"].at[1].set(0)}  # a head nobody reads
-        return c | {"v": c["v"].at[:, -1].set(0)}  # a constant head
-
-    params = make(form, edit=dying)
-    x = jax.random.normal(jax.random.key(3), (6, D))
-
-    def fn(params, x):
-        return forward(params, form, x)
-
-    folded = jp.neuroprune_fold(params, roles=form.roles)
-    want = fn(params, x)
-    np.testing.assert_allclose(fn(folded, x), want, rtol=1e-5, atol=1e-5)
-    graph = jp.structured.trace(fn, params, x)
-    alive = graph.as_groups(kinds=("head", "neuron")).alive(folded)
-    plan = jp.structured.planned(
-        graph, {n: np.flatnonzero(k) for n, k in alive.items()}
-    )
-    small = plan.shrink(folded)
-    np.testing.assert_allclose(plan.rewrite(fn)(small, x), want, rtol=1e-5, atol=1e-5)
-    by_roles, sizes = jp.neuroprune_shrink(params, roles=form.roles)
-    assert all(s.heads == (4, 2) for s in sizes)
-    jax.tree.map(np.testing.assert_array_equal, small, by_roles)
 
 
 @pytest.mark.parametrize("form", LAYOUTS)
@@ -282,14 +274,14 @@ def test_the_shrunk_model_computes_what_the_masked_one_does(form):
     params = make(form, edit=dying)
     x = jax.random.normal(jax.random.key(3), (6, D))
     want = forward(params, form, x)
-    small, sizes = jp.neuroprune_shrink(params, roles=form.roles)
-    got = forward(small, form, x)
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    plan, small = removed(params, form)
+    fn = plan.rewrite(lambda p, x: forward(p, form, x))
+    for got in (forward(small, form, x), fn(small, x)):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     if form.groups == HEADS:
-        assert all(s.heads == (4, 2) for s in sizes)
-    assert all(s.neurons[1] < FF for s in sizes)
-    before, after = (sum(x.size for x in jax.tree.leaves(t)) for t in (params, small))
-    assert after < before
+        assert set(heads_of(small, form)) == {2}
+    # The i-th layer has 5 + i dead neurons in front and 7 - i behind: 12 in each.
+    assert {x["up"]["kernel"].shape[-1] for x in unstacked(small, form)} == {FF - 12}
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
@@ -432,15 +424,14 @@ def test_degrees_of_an_output_projection_are_counted_by_unit(heads, size, stack)
 
 
 @pytest.mark.parametrize("form", LAYOUTS)
-def test_a_layer_may_lose_all_of_its_heads(form):
+def test_a_layer_without_live_heads_keeps_a_dead_one(form):
     params = make(form, edit=lambda c, i: c | {"o": 0 * c["o"]})
-    small, sizes = jp.neuroprune_shrink(params, roles=form.roles)
-    assert all(s.heads == (HEADS, 0) for s in sizes)
-    for layer, kept in zip(
-        unstacked(params, form), unstacked(small, form), strict=True
-    ):
-        assert kept["out"]["kernel"].size == 0
-        np.testing.assert_array_equal(kept["out"]["bias"], layer["out"]["bias"])
+    _, small = removed(params, form)
+    assert set(heads_of(small, form)) == {1}  # a group keeps a unit
+    x = jax.random.normal(jax.random.key(3), (6, D))
+    np.testing.assert_allclose(
+        forward(small, form, x), forward(params, form, x), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_one_head_in_fused_stacks():
@@ -449,8 +440,8 @@ def test_one_head_in_fused_stacks():
         "qkv": {"kernel": kernel, "bias": bias}, "o": {"kernel": jnp.ones((2, 3, 4))},
     }  # fmt: skip
     roles = jp.Roles(qkv="qkv/kernel", out="o/kernel", heads=1)
-    small, _ = jp.neuroprune_shrink(params, roles=roles)
-    assert jax.tree.map(jnp.shape, small) == jax.tree.map(jnp.shape, params)
+    folded = jp.neuroprune_fold(params, roles=roles)
+    jax.tree.map(np.testing.assert_array_equal, folded, params)
 
 
 def _init(params=None, **options):
@@ -505,10 +496,10 @@ def test_strengths_are_two_numbers(strengths):
         jp.neuroprune(roles=layout().roles, end=9, strengths=strengths)
 
 
-def test_shrinking_does_not_guess_head_counts():
+def test_folding_does_not_guess_head_counts():
     params = make(layout(explicit=True, groups=1))
     with pytest.raises(ValueError, match=r"do not divide into 4, 4 and 4 heads"):
-        jp.neuroprune_shrink(params, roles=layout().roles)
+        jp.neuroprune_fold(params, roles=layout().roles)
 
 
 @pytest.mark.parametrize(
