@@ -1,14 +1,20 @@
-"""A model made smaller by each structured method, to the same share of its operations."""
+"""A model made smaller by each structured method, to the same share of its operations.
+
+Quality and time are measured apart: the one takes hours and does not mind what else the
+machine does, the other takes minutes and wants it idle.
+"""
 
 import dataclasses
 import functools
 import itertools
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jsonl
 
 import jaxprune as jp
 
@@ -254,20 +260,44 @@ def latency(small: Small, model: Model) -> float:
 
 
 def costs(small: Small, model: Model) -> dict[str, float]:
-    """Shares of the dense model's parameters, operations and time."""
+    """Shares of the dense model's parameters and operations."""
     return {
         "parameters": small.parameters / model.dense.parameters,
         "flops": small.flops / model.dense.flops,
-        "latency": latency(small, model),
     }
 
 
-def costs_of(row: dict) -> list[str]:
-    """Cells of a table: operations, parameters, time, and what of the fall arrived."""
-    saved = 1 - row["flops"]
-    fall = f"{(1 - row['latency']) / saved:.2f}" if saved else "-"
-    shares = (f"{100 * row[x]:.1f} %" for x in ("flops", "parameters"))
-    return [*shares, f"{row['latency']:.2f}", fall]
+def made(method: str, model: Model, share: float) -> Small:
+    """What the method makes of the model; the model itself for `"dense"`."""
+    return model.whole() if method == "dense" else METHODS[method](model, share)
+
+
+def time_all(
+    path: pathlib.Path, model: Model, methods: Iterable[str], shares: Iterable[float]
+) -> None:
+    """Adds a line of time for each method and share that has none."""
+    done = {(r["method"], r["share"]) for r in jsonl.read(path)}
+    wanted = [("dense", 1.0), *((m, s) for s in shares for m in methods)]
+    for method, share in (x for x in wanted if x not in done):
+        small = made(method, model, share)
+        found = {"method": method, "share": share, **costs(small, model)}
+        jsonl.add(path, {**found, "latency": latency(small, model)})
+
+
+def costs_of(row: dict, times: Iterable[dict]) -> list[str]:
+    """Cells of a table: operations, parameters, time, and what of the fall arrived.
+
+    Operations and parameters are those of the row; time, and the operations that it is
+    compared with, those of the model that was timed.
+    """
+    shares = [f"{100 * row[x]:.1f} %" for x in ("flops", "parameters")]
+    key = row["method"], row["share"]
+    timed = next((t for t in times if (t["method"], t["share"]) == key), None)
+    if timed is None:
+        return [*shares, "-", "-"]
+    saved = 1 - timed["flops"]
+    fall = f"{(1 - timed['latency']) / saved:.2f}" if saved else "-"
+    return [*shares, f"{timed['latency']:.2f}", fall]
 
 
 COSTS = ("FLOPs", "parameters", "latency", "fall of latency / of FLOPs")
@@ -284,7 +314,10 @@ def spread(found: Sequence[float], digits: int = 2) -> str:
 
 
 def accuracies(
-    rows: Sequence[dict], methods: Iterable[str], shares: Iterable[float]
+    rows: Sequence[dict],
+    times: Sequence[dict],
+    methods: Iterable[str],
+    shares: Iterable[float],
 ) -> str:
     """A row for each method and share, with the accuracy before and after recovery."""
     columns = ("wanted", "method", *COSTS, "seeds", "accuracy %", "recovered %")
@@ -293,10 +326,9 @@ def accuracies(
         own = [r for r in rows if (r["method"], r["share"]) == (method, share)]
         if not own:
             continue
-        names = ("flops", "parameters", "latency")
-        mean = {k: statistics.fmean(r[k] for r in own) for k in names}
+        mean = {k: statistics.fmean(r[k] for r in own) for k in ("flops", "parameters")}
         cells = [
-            f"{100 * share:.0f} %", method, *costs_of(mean), str(len(own)),
+            f"{100 * share:.0f} %", method, *costs_of(own[0] | mean, times), str(len(own)),
             *(spread([100 * r[k] for r in own]) for k in ("before", "after")),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")

@@ -10,6 +10,7 @@ Every setting is a line of the results file, and one that is there is not run ag
 whenever you like. The packages that it needs: see `efficientnet.py`.
 
     python benchmarks/structured_efficientnet.py            # runs what is missing
+    python benchmarks/structured_efficientnet.py --times    # latency, with the first seed
     python benchmarks/structured_efficientnet.py --table    # prints the table
 
 Expected before measuring: OBSPA far ahead of all before the recovery, as it is the only one
@@ -35,7 +36,8 @@ import shrinking
 
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "structured_efficientnet.jsonl"
-METHODS = ("magnitude", "Taylor", "Taylor, vectors", "Wanda-sp", "FLAP", "OBSPA")
+TIMES = HERE / "results" / "structured_efficientnet_times.jsonl"
+METHODS = ("magnitude", "Taylor", "FLAP", "OBSPA")
 SHARES = (0.8, 0.65, 0.5)  # of the operations that remain
 SEEDS = (0, 1, 2)
 SIZE, BATCH, RATE = 64, 64, 3e-4
@@ -120,9 +122,7 @@ class Bench:
     def run(self, setting: shrinking.Setting) -> dict:
         """The numbers of one line of the results."""
         start = time.perf_counter()
-        small = self.model.whole()
-        if setting.method != "dense":
-            small = shrinking.METHODS[setting.method](self.model, setting.share)
+        small = shrinking.made(setting.method, self.model, setting.share)
         found = {**setting._asdict(), "seconds": round(time.perf_counter() - start, 1)}
         found |= shrinking.costs(small, self.model)
         found["before"] = self.accuracy(small.fn, small.params)
@@ -135,10 +135,15 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-dir", default=".data")
+    parser.add_argument("--times", action="store_true", help="only latency")
     parser.add_argument("--table", action="store_true", help="only print the table")
     args = parser.parse_args()
     if not args.table:
         data = fashion_mnist.load(args.data_dir)
+        if args.times:
+            model = Bench(SEEDS[0], data).model
+            shrinking.time_all(TIMES, model, METHODS, SHARES)
+            return
         done = {(r["method"], r["share"], r["seed"]) for r in jsonl.read(RESULTS)}
         bench = None
         for setting in shrinking.settings(METHODS, SHARES, SEEDS):
@@ -147,7 +152,8 @@ def main() -> None:
             if bench is None or bench.seed != setting.seed:
                 bench = Bench(setting.seed, data)
             jsonl.add(RESULTS, bench.run(setting))
-    print(shrinking.accuracies(jsonl.read(RESULTS), METHODS, SHARES))
+    rows, times = jsonl.read(RESULTS), jsonl.read(TIMES)
+    print(shrinking.accuracies(rows, times, METHODS, SHARES))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Every setting is a line of the results file, and one that is there is not run ag
 whenever you like.
 
     python benchmarks/structured_minilm.py            # runs what is missing
+    python benchmarks/structured_minilm.py --times    # latency, with the first seed
     python benchmarks/structured_minilm.py --table    # prints the table
 
 Expected before measuring: at 80 % all but magnitude within a point of dense after recovery,
@@ -36,6 +37,7 @@ sys.path.insert(0, str(HERE.parent / "examples"))
 from minilm import data, model, train  # noqa: E402
 
 RESULTS = HERE / "results" / "structured_minilm.jsonl"
+TIMES = HERE / "results" / "structured_minilm_times.jsonl"
 SHARES = (0.8, 0.65, 0.5)  # of the operations that remain
 SEEDS = (0, 1, 2)
 BUDGET = train.Budget()
@@ -106,9 +108,7 @@ class Bench:
     def run(self, setting: shrinking.Setting) -> dict:
         """The numbers of one line of the results."""
         start = time.perf_counter()
-        small = self.model.whole()
-        if setting.method != "dense":
-            small = shrinking.METHODS[setting.method](self.model, setting.share)
+        small = shrinking.made(setting.method, self.model, setting.share)
         found = {**setting._asdict(), "seconds": round(time.perf_counter() - start, 1)}
         found |= shrinking.costs(small, self.model)
         found["before"] = self.accuracy(small.fn, small.params)
@@ -120,11 +120,16 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-dir", default=".data")
+    parser.add_argument("--times", action="store_true", help="only latency")
     parser.add_argument("--table", action="store_true", help="only print the table")
     args = parser.parse_args()
     if not args.table:
         builder = data.prepare(args.data_dir)
         test = data.test_set(builder, length=BUDGET.length)
+        if args.times:
+            model = Bench(SEEDS[0], builder, test).model
+            shrinking.time_all(TIMES, model, shrinking.METHODS, SHARES)
+            return
         done = {(r["method"], r["share"], r["seed"]) for r in jsonl.read(RESULTS)}
         bench = None
         for setting in shrinking.settings(shrinking.METHODS, SHARES, SEEDS):
@@ -133,7 +138,8 @@ def main() -> None:
             if bench is None or bench.seed != setting.seed:
                 bench = Bench(setting.seed, builder, test)
             jsonl.add(RESULTS, bench.run(setting))
-    print(shrinking.accuracies(jsonl.read(RESULTS), shrinking.METHODS, SHARES))
+    rows, times = jsonl.read(RESULTS), jsonl.read(TIMES)
+    print(shrinking.accuracies(rows, times, shrinking.METHODS, SHARES))
 
 
 if __name__ == "__main__":

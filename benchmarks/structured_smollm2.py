@@ -14,6 +14,7 @@ whenever you like.
 
     python benchmarks/structured_smollm2.py                     # runs what is missing
     python benchmarks/structured_smollm2.py --without-recovery  # ... but not this
+    python benchmarks/structured_smollm2.py --times             # latency
     python benchmarks/structured_smollm2.py --table             # prints the table
 
 Expected before measuring: Taylor and FLAP far ahead of magnitude, which is of no use on this
@@ -48,6 +49,7 @@ import prune_smollm2 as demo  # noqa: E402
 from smollm2 import measure, weights  # noqa: E402
 
 RESULTS = HERE / "results" / "structured_smollm2.jsonl"
+TIMES = HERE / "results" / "structured_smollm2_times.jsonl"
 SHARES = (0.8, 0.65, 0.5)  # of the operations that remain
 SEEDS = (0, 1, 2)
 RECOVERED = ("magnitude", "Taylor", "FLAP", "ShortGPT", "OBSPA")
@@ -86,13 +88,12 @@ class Setting(NamedTuple):
 
 def settings(recovery: bool) -> Iterator[Setting]:
     """All settings; those of one small model after each other."""
-    yield Setting("dense", 1.0, None)
-    for share, method in itertools.product(SHARES, shrinking.METHODS):
+    models = [("dense", 1.0), *itertools.product(RECOVERED, SHARES)]
+    others = [m for m in shrinking.METHODS if m not in RECOVERED]
+    for method, share in [*models, *itertools.product(others, SHARES)]:
         yield Setting(method, share, None)
-    if recovery:
-        yield from (Setting("dense", 1.0, seed) for seed in SEEDS)
-        for method, share, seed in itertools.product(RECOVERED, SHARES, SEEDS):
-            yield Setting(method, share, seed)
+        if recovery and (method, share) in models:
+            yield from (Setting(method, share, seed) for seed in SEEDS)
 
 
 class Bench:
@@ -100,8 +101,7 @@ class Bench:
 
     def __init__(self, method: str, share: float, model: shrinking.Model):
         start = time.perf_counter()
-        whole = method == "dense"
-        self.small = model.whole() if whole else shrinking.METHODS[method](model, share)
+        self.small = shrinking.made(method, model, share)
         self.seconds = round(time.perf_counter() - start, 1)
         self.model, self.logits = model, jax.jit(self.small.fn)
         schedule = optax.warmup_cosine_decay_schedule(0.0, RATE, STEPS // 10, STEPS)
@@ -140,7 +140,7 @@ class Bench:
         return found
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict], times: list[dict]) -> str:
     """A row for each method and share, before and after the recovery."""
     columns = (
         "wanted", "method", *shrinking.COSTS,
@@ -153,7 +153,7 @@ def table(rows: list[dict]) -> str:
             for r in (r for r in own if r["seed"] is None):
                 after = [x["perplexity"] for x in own if x["seed"] is not None]
                 cells = [
-                    f"{100 * share:.0f} %", method, *shrinking.costs_of(r),
+                    f"{100 * share:.0f} %", method, *shrinking.costs_of(r, times),
                     *(text.shown(x) for x in r["perplexity"].values()),
                     *(shrinking.spread([x[n] for x in after]) for n in r["perplexity"]),
                 ]  # fmt: skip
@@ -164,6 +164,7 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-dir", type=pathlib.Path, default=".data")
+    parser.add_argument("--times", action="store_true", help="only latency")
     parser.add_argument("--table", action="store_true", help="only print the table")
     parser.add_argument("--without-recovery", action="store_true")
     args = parser.parse_args()
@@ -171,13 +172,16 @@ def main() -> None:
         lm, tokenizer = weights.pretrained()
         windows = text.load(args.data_dir, tokenizer)
         model = read(demo.in_nnx(lm), windows[demo.CALIBRATION.title])
+        if args.times:
+            shrinking.time_all(TIMES, model, shrinking.METHODS, SHARES)
+            return
         done = {(r["method"], r["share"], r["seed"]) for r in jsonl.read(RESULTS)}
         missing = [x for x in settings(not args.without_recovery) if x not in done]
         for (method, share), lines in itertools.groupby(missing, lambda x: x[:2]):
             bench = Bench(method, share, model)
             for setting in lines:
                 jsonl.add(RESULTS, bench.run(setting, windows))
-    print(table(jsonl.read(RESULTS)))
+    print(table(jsonl.read(RESULTS), jsonl.read(TIMES)))
 
 
 if __name__ == "__main__":

@@ -312,8 +312,8 @@ def trace(
     for path, dims in zip(traced.paths, traced.dims, strict=True):
         if _matches(path, ignore):
             _dims.freeze(dims, "ignored")
-    for i, dims in enumerate(traced.dims):
-        if not _is_used(traced.program, i):
+    for dims, used in zip(traced.dims, _used(traced.program), strict=False):
+        if not used:  # those of inputs follow
             _dims.freeze(dims, "not used")
     resizable: set[Dim] = set()
     for path, dims in zip(traced.input_paths, traced.inputs, strict=True):
@@ -378,18 +378,21 @@ def _fixed(traced: Traced, which: bool | Patterns) -> list[Operand]:
     return [x for p, x in zip(paths, outs, strict=True) if _matches(p, which)]
 
 
-def _is_used(program: Program, i: int) -> bool:
-    """Whether anything is done with an operand."""
-    v = program.jaxpr.invars[i]
-    if any(x is v for x in program.jaxpr.outvars):
-        return True
+def _used(program: Program) -> list[bool]:
+    """Whether anything is done with each operand."""
+    place = {id(v): i for i, v in enumerate(program.jaxpr.invars)}
+    used = [False] * len(place)
+    for x in program.jaxpr.outvars:
+        if id(x) in place:
+            used[place[id(x)]] = True
     for record in program.records:
-        for k, x in enumerate(record.eqn.invars):
-            if x is v and (
-                record.eqn.primitive.name not in CALLS or _is_used(record.inner[0], k)
-            ):
-                return True
-    return False
+        eqn = record.eqn
+        call = eqn.primitive.name in CALLS
+        inner = _used(record.inner[0]) if call else [True] * len(eqn.invars)
+        for x, is_used in zip(eqn.invars, inner, strict=True):
+            if is_used and id(x) in place:
+                used[place[id(x)]] = True
+    return used
 
 
 def _axes(traced: Traced, resizable: Patterns) -> list[tuple[str, int, Dim]]:
