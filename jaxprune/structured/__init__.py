@@ -40,6 +40,7 @@ from ._plan import Plan as Plan
 from ._planned import planned as planned
 from ._precrop import precrop as precrop
 from ._propagate import Rule as Rule
+from ._recalibrate import recalibrate as recalibrate
 from ._s2ft import Slices as Slices
 from ._s2ft import permuted as permuted
 from ._s2ft import s2ft as s2ft

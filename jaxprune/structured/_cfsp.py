@@ -84,7 +84,7 @@ def relative_activation(
                 share += _shares_of(m, leaves[m.path], group.size)
         found[group.name] = share * (square / np.maximum(places, 1)) ** (power / 2)
     if not found:
-        raise _consumers.nothing_scored(graph, statistics, kinds)
+        raise _consumers.nothing_scored(graph, statistics.paths, kinds)
     return found
 
 

@@ -66,6 +66,18 @@ def consumers(group: Group, statistics: Statistics) -> tuple[Consumer, ...]:
     return tuple(found)
 
 
+def readers(group: Group, sites: Sequence[Site]) -> list[int]:
+    """Numbers of the products that sum over the units of a group, as for `consumers`."""
+    return [
+        i
+        for i, site in enumerate(sites)
+        if any(
+            m.path == site.path and units_of_inputs(site, m.units, m.axis) is not None
+            for m in group.members
+        )
+    ]
+
+
 def units_of_inputs(site: Site, units: np.ndarray, axis: int) -> np.ndarray | None:
     """The unit of each input, `[stack, batch, K]`; `None` if the axis is not contracted."""
     shape = [-1 if i == axis else 1 for i in range(len(site.shape))]
@@ -120,19 +132,19 @@ def score_inputs(
                 for use in uses
             )
     if not found:
-        raise nothing_scored(graph, statistics, kinds)
+        raise nothing_scored(graph, statistics.paths, kinds)
     return found
 
 
 def nothing_scored(
-    graph: Graph, statistics: Statistics, kinds: Sequence[Kind]
+    graph: Graph, paths: Sequence[str], kinds: Sequence[Kind]
 ) -> ValueError:
-    """The error where no group has a consumer."""
+    """The error where no group has a consumer among the leaves at these paths."""
     groups = [f"{g.name} ({g.kind})" for g in graph.groups]
     return ValueError(
         f"kinds, statistics: no product with statistics sums over the units of a group of "
         f"the kinds {tuple(kinds)}. The groups are: {_tree.listing(groups)}; statistics are "
-        f"known of: {_tree.listing(list(statistics.paths))}."
+        f"known of: {_tree.listing(paths)}."
     )
 
 

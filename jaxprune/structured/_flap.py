@@ -139,7 +139,7 @@ def flap(
             sums, counts = (np.sum(x, axis=0) for x in zip(*parts, strict=True))
             scores[group.name] = sums / np.maximum(counts, 1)
     if not scores:
-        raise _consumers.nothing_scored(graph, statistics, kinds)
+        raise _consumers.nothing_scored(graph, statistics.paths, kinds)
     kept = within_budget(graph, scores, ratio, min_keep)
     sizes = {
         name: rounded(

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from jaxprune import _tree
 from jaxprune._tree import PyTree
@@ -16,7 +17,7 @@ from jaxprune.structured._kinds import Kind
 from jaxprune.structured._plan import Plan
 from jaxprune.structured._planned import planned
 from jaxprune.structured._scores import by_path
-from jaxprune.structured._trace import Graph
+from jaxprune.structured._trace import Graph, Group
 
 
 def refit(
@@ -229,16 +230,24 @@ def locals_of(
     kinds: Sequence[Kind],
 ) -> dict[str, _Local]:
     """What reads each group."""
-    _check_damping(damping)
     leaves = by_path(graph, params, "params")
     found: dict[str, _Local] = {}
     for group in _consumers.groups_of(graph, kinds):
-        uses = _consumers.consumers(group, statistics)
-        if uses:
-            found[group.name] = _Local(group.size, uses, leaves, damping)
+        local = local_of(group, leaves, statistics, damping)
+        if local is not None:
+            found[group.name] = local
     if not found:
-        raise _consumers.nothing_scored(graph, statistics, kinds)
+        raise _consumers.nothing_scored(graph, statistics.paths, kinds)
     return found
+
+
+def local_of(
+    group: Group, leaves: dict[str, Array], statistics: Statistics, damping: float
+) -> _Local | None:
+    """What reads a group; `None` if nothing does, where statistics are known."""
+    _check_damping(damping)
+    uses = _consumers.consumers(group, statistics)
+    return _Local(group.size, uses, leaves, damping) if uses else None
 
 
 def _damped(inputs: Inputs, damping: float) -> np.ndarray:

@@ -11,28 +11,32 @@ from jaxtyping import Array
 
 from jaxprune import _tree
 from jaxprune._tree import PyTree
-from jaxprune.calibration import Statistics
-from jaxprune.structured import _obs
+from jaxprune.calibration import Statistics, calibrate
+from jaxprune.structured import _consumers, _obs
 from jaxprune.structured._biases import replaced
 from jaxprune.structured._flap import UNITS, unit_costs
 from jaxprune.structured._kinds import Kind
 from jaxprune.structured._plan import Plan
 from jaxprune.structured._planned import planned
-from jaxprune.structured._trace import Graph
+from jaxprune.structured._scores import by_path
+from jaxprune.structured._taps import TokenWeights
+from jaxprune.structured._trace import Graph, Group
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Supernet:
-    """Variants of each group, pruned by themselves, to be put together.
+    """Variants of each group, to be put together; at each level a group loses more.
 
     Attributes:
-      ratios: what the levels remove of a group, rising.
+      ratios: by group, the share of its units that each level removes, rising.
+      start: by group, the level of the expected ratio.
       kept: by group, the units that stay at each level.
       leaves: by group, the leaves that were fitted at each level, by path.
-      mass: by group, the parameters that one level more removes, about.
+      mass: by group, the parameters that one level more removes.
     """
 
-    ratios: tuple[float, ...]
+    ratios: dict[str, tuple[float, ...]]
+    start: dict[str, int]
     kept: dict[str, tuple[np.ndarray, ...]]
     leaves: dict[str, tuple[dict[str, Array], ...]]
     mass: dict[str, float]
@@ -52,73 +56,182 @@ class Supernet:
         return replaced(params, new)
 
     def _check(self, levels: Mapping[str, int]) -> None:
-        wrong = {n: i for n, i in levels.items() if not 0 <= i < len(self.ratios)}
-        if wrong or levels.keys() != self.kept.keys():
+        known = levels.keys() == self.kept.keys()
+        if not known or any(not 0 <= levels[n] < len(x) for n, x in self.kept.items()):
+            wanted = [f"{n}: 0 to {len(x) - 1}" for n, x in self.kept.items()]
             raise ValueError(
-                f"levels: got {dict(levels)}; expected a number from 0 to "
-                f"{len(self.ratios) - 1} for each of {_tree.listing(list(self.kept))}."
+                f"levels: got {dict(levels)}; expected a number for each group, "
+                f"{_tree.listing(wanted)}."
             )
 
 
 def supernet(
     graph: Graph,
+    fn: Callable[..., Any],
     params: PyTree,
-    statistics: Statistics,
+    batches: Iterable[Any],
     *,
-    ratios: Sequence[float],
+    ratio: float | Mapping[str, float],
+    step: float = 0.125,
+    levels: int = 9,
     rounds: int = 16,
     damping: float = 0.01,
     kinds: Sequence[Kind] = UNITS,
+    token_weights: TokenWeights = None,
 ) -> Supernet:
-    """Prunes each group at each ratio by `obs_plan`, and fits what reads it by `refit`.
+    """Prunes each group at some ratios as `obs_plan` does, and fits what reads it.
+
+    Groups come in the order in which the function reads them. The variants of each are made
+    from what goes into its products in the function whose earlier groups have lost the
+    expected `ratio`, and fitted there by `refit`, to what its weights gave for these inputs
+    before: what earlier groups lose is seen, not made up for. Groups in the layers of one
+    scan are one group, and see nothing of each other.
+
+    To refine what `search` has found, make another supernet around it, with a smaller step.
+    With a ratio of 0 nothing is expected to be lost, and all variants are made from what
+    goes into the products of the full model.
+
+    It costs, for each group, a run of `jaxprune.calibrate` with the Gram matrices of what
+    reads it: a compilation, and forward passes that end where the group is read.
 
     Args:
       graph: of `trace`.
+      fn: the function that was traced: `fn(params, *args)`.
       params: the parameters that it was traced with.
-      statistics: of `jaxprune.calibrate` with `"gram"`.
-      ratios: levels, evenly spaced, from the least: `(0.0, 0.125, 0.25, 0.375, 0.5)`.
-      rounds: see `obs_plan`.
+      batches: tuples of arguments `args`; anything else is one argument. They are kept, as
+        each group sees all of them.
+      ratio: share of the units of a group that is expected to go, or `{group: ratio}`;
+        groups without a ratio are left out.
+      step: share of the units of a group that one level more removes, at least one unit.
+        0.125 is the paper's, which then takes halves of it.
+      levels: at most how many, an odd number: the expected ratio, and as many on each side
+        as there are units to go or to stay.
+      rounds: see `obs_plan`; for each level, going on from the one before it.
       damping: see `refit`.
       kinds: of groups to prune.
+      token_weights: see `jaxprune.calibrate`.
 
     Raises:
-      ValueError: as `refit`; if ratios do not rise evenly in [0, 1), or two groups are
-        read by one leaf, which then cannot be fitted for each by itself.
+      ValueError: as `refit`; if an option is out of range, a group is not known, or two
+        groups are read by one leaf, which then cannot be fitted for each by itself.
+
+    Example:
+      >>> def fn(params, x):
+      ...     return jax.nn.relu(x @ params["up"]) @ params["down"]
+      >>> params = {"up": jnp.eye(4), "down": jnp.arange(1.0, 5.0)[:, None]}
+      >>> x = jnp.eye(4)
+      >>> graph = jp.structured.trace(fn, params, x)
+      >>> given = graph, fn, params, [x]
+      >>> net = jp.structured.supernet(*given, ratio=0.5, step=0.25, levels=3)
+      >>> net.ratios, net.start
+      ({'down:0': (0.25, 0.5, 0.75)}, {'down:0': 1})
+      >>> [kept.tolist() for kept in net.kept["down:0"]]
+      [[1, 2, 3], [2, 3], [3]]
+      >>> levels = {"down:0": 2}  # as a search would find them
+      >>> found = {name: net.ratios[name][i] for name, i in levels.items()}
+      >>> finer = jp.structured.supernet(*given, ratio=found, step=0.125, levels=3)
+      >>> finer.ratios
+      {'down:0': (0.5, 0.75)}
 
     References:
       Li et al., "Týr-the-Pruner: Structural Pruning LLMs via Global Sparsity Distribution
-      Optimization", arXiv 2503.09657, and their code. There, what earlier layers lose at
-      the expected ratio is seen by later ones; here all statistics are of the full model.
+      Optimization", arXiv 2503.09657, of which the abstract and the authors' summary were
+      read, and their code. What stands for the layers in front is there the variant at the
+      expected ratio, as here; the mean of all variants, by what they keep, is commented out
+      as the slower form. There, attention and MLP of one block see the same error; here the
+      MLP sees that of its attention too. Their variants are each made anew; here a level
+      keeps part of what the one before it keeps.
     """
-    steps = np.diff(ratios)
-    if len(ratios) < 2 or not np.allclose(steps, steps[0]) or steps[0] <= 0:
+    _check_options(step, levels)
+    batches, known = list(batches), by_path(graph, params, "params")
+    order, costs = _in_order(graph, params, kinds), unit_costs(graph)
+    net, expected = Supernet({}, {}, {}, {}, {}, graph), params
+    for name, share in _shares(order, ratio).items():
+        group, reading = graph[name], order[name]
+        statistics = calibrate(
+            fn, expected, batches, statistics=("gram",), token_weights=token_weights,
+            where=lambda path, _, reading=reading: path in reading,
+        )  # fmt: skip
+        local = _obs.local_of(group, known, statistics, damping)
+        if local is None:
+            raise _consumers.nothing_scored(graph, statistics.paths, kinds)
+        each, sizes, start = _sizes(group, share, step, levels)
+        kept = tuple(local.chosen(n, rounds) for n in sizes)
+        net.kept[name], net.start[name] = kept, start
+        net.ratios[name] = tuple(1 - n / group.size for n in sizes)
+        net.mass[name] = costs[name] * each
+        net.leaves[name] = tuple(
+            _fitted(graph, params, statistics, {name: units}, damping) for units in kept
+        )
+        expected = replaced(expected, net.leaves[name][start])
+    return net
+
+
+def _check_options(step: float, levels: int) -> None:
+    if not 0 < step < 1:
         raise ValueError(
-            f"ratios: got {tuple(ratios)!r}; expected two or more that rise evenly, such as "
-            "(0.0, 0.25, 0.5)."
+            f"step: got {step!r}; expected a share in (0, 1), such as 0.1."
         )
-    kept: dict[str, tuple[np.ndarray, ...]] = {}
-    leaves: dict[str, tuple[dict[str, Array], ...]] = {}
+    if levels < 3 or levels % 2 == 0:
+        raise ValueError(
+            f"levels: got {levels!r}; expected an odd number, 3 or more: the expected ratio "
+            "and as many on each side."
+        )
+
+
+def _in_order(
+    graph: Graph, params: PyTree, kinds: Sequence[Kind]
+) -> dict[str, frozenset[str]]:
+    """The leaves that read each group, in the order in which groups are first read."""
+    sites = _consumers.trace_of(graph, params).sites
+    first, found = {}, {}
+    for group in _consumers.groups_of(graph, kinds):
+        numbers = _consumers.readers(group, sites)
+        if numbers:
+            first[group.name] = numbers[0]
+            found[group.name] = frozenset(sites[i].path for i in numbers)
+    if not found:
+        paths = tuple(dict.fromkeys(s.path for s in sites))
+        raise _consumers.nothing_scored(graph, paths, kinds)
+    return {name: found[name] for name in sorted(found, key=lambda n: first[n])}
+
+
+def _shares(
+    order: Mapping[str, frozenset[str]], ratio: float | Mapping[str, float]
+) -> dict[str, float]:
+    """The expected ratio of each group that has one, in order."""
+    given = ratio if isinstance(ratio, Mapping) else dict.fromkeys(order, ratio)
+    odd = [n for n in given if n not in order]
+    if odd or not given:
+        raise ValueError(
+            f"ratio: got {_tree.listing(odd)}; expected some of the groups that can be "
+            f"fitted, which are {_tree.listing(list(order))}."
+        )
     read: dict[str, str] = {}
-    found = _obs.locals_of(graph, params, statistics, damping, kinds)
-    for name, local in found.items():
-        levels = []
-        for ratio in ratios:
-            n = max(round(local.size * (1 - float(ratio))), graph[name].minimum)
-            levels.append(local.chosen(n, rounds))
-        kept[name] = tuple(levels)
-        leaves[name] = tuple(
-            _fitted(graph, params, statistics, {name: units}, damping)
-            for units in levels
-        )
-        for path in {p for fitted in leaves[name] for p in fitted}:
+    for name in (n for n in order if n in given):
+        if not 0 <= given[name] < 1:
+            raise ValueError(
+                f"ratio: got {given[name]!r} for {name}; expected a share in [0, 1)."
+            )
+        for path in order[name]:
             if read.setdefault(path, name) != name:
                 raise ValueError(
                     f"graph: {path} reads {read[path]} and {name}, so that it cannot be "
-                    "fitted for each by itself. Leave one of them out with kinds=."
+                    "fitted for each by itself. Leave one of them out with kinds= or ratio=."
                 )
-    costs = unit_costs(graph)
-    mass = {n: costs[n] * graph[n].size * float(steps[0]) for n in kept}
-    return Supernet(tuple(map(float, ratios)), kept, leaves, mass, graph)
+    return {n: float(given[n]) for n in order if n in given}
+
+
+def _sizes(
+    group: Group, ratio: float, step: float, levels: int
+) -> tuple[int, list[int], int]:
+    """Units in one level, how many stay at each, and the level of the expected ratio."""
+    most = group.size - max(group.minimum, 1)
+    gone = min(round(ratio * group.size), most)
+    each = max(round(step * group.size), 1)
+    below, above = (min(x // each, levels // 2) for x in (gone, most - gone))
+    sizes = [group.size - gone - each * i for i in range(-below, above + 1)]
+    return each, sizes, below
 
 
 def _fitted(
@@ -156,8 +269,8 @@ def search(
     params: PyTree,
     fitness: Callable[[PyTree], Any],
     *,
-    start: int | Mapping[str, int],
     key: Array,
+    start: Mapping[str, int] | None = None,
     generations: int = 50,
     offspring: int = 32,
 ) -> Search:
@@ -166,15 +279,15 @@ def search(
     From the best so far, each of `offspring` variants moves one level from one group to
     another of the same kind and the same number of parameters, one to four times, mostly
     few; the best of them and of what there was goes on. So the budget is that of the
-    start, and the fitness never rises. For finer levels, make another supernet around
-    what was found, and search again.
+    start, and the fitness never rises. For finer levels, make another `supernet` around
+    what was found, and search again: the paper does it four times, each with half the step.
 
     Args:
       net: of `supernet`.
       params: the parameters that it was made from.
       fitness: of parameters of full size, less is better: such as `divergence`.
-      start: level of all groups, or `{group: level}`.
       key: of `jax.random.key`.
+      start: `{group: level}`; by default those of the expected ratios.
       generations: how often.
       offspring: tried in each.
 
@@ -185,14 +298,14 @@ def search(
       Li et al., arXiv 2503.09657, and their code, whose selection is in several steps of
       more and more tokens; here each variant sees the same.
     """
-    levels = dict.fromkeys(net.kept, start) if isinstance(start, int) else dict(start)
+    levels = dict(net.start if start is None else start)
     random = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
     best = float(fitness(net.params(levels, params)))
     if not _moves(net, levels):
         raise ValueError(
             f"start: from the levels {levels} nothing can be moved: no two groups of one kind "
             "and one number of parameters have a level below and a level above. Start "
-            "between the ends, or give more ratios."
+            "between the ends, or make a supernet of more levels."
         )
     history = [best]
     for _ in range(generations):
@@ -246,12 +359,11 @@ def divergence(
 
 def _moves(net: Supernet, levels: Mapping[str, int]) -> list[tuple[str, str]]:
     """Pairs of groups, of which the first may lose less and the second more."""
-    last = len(net.ratios) - 1
     kinds = {n: net._graph[n].kind for n in levels}
     return [
         (a, b)
         for a in levels for b in levels
-        if a != b and levels[a] > 0 and levels[b] < last
+        if a != b and levels[a] > 0 and levels[b] + 1 < len(net.kept[b])
         and kinds[a] == kinds[b] and np.isclose(net.mass[a], net.mass[b])
     ]  # fmt: skip
 
