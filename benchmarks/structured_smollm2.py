@@ -52,7 +52,8 @@ RESULTS = HERE / "results" / "structured_smollm2.jsonl"
 TIMES = HERE / "results" / "structured_smollm2_times.jsonl"
 SHARES = (0.8, 0.65, 0.5)  # of the operations that remain
 SEEDS = (0, 1, 2)
-RECOVERED = ("magnitude", "Taylor", "FLAP", "ShortGPT", "OBSPA")
+RECOVERED = ("Taylor", "FLAP", "ShortGPT")
+METHODS = (*RECOVERED, "magnitude", "OBSPA", "AMP", "CFSP")
 STEPS, RATE = 32, 2e-5  # of the recovery, a window a step
 
 
@@ -89,7 +90,7 @@ class Setting(NamedTuple):
 def settings(recovery: bool) -> Iterator[Setting]:
     """All settings; those of one small model after each other."""
     models = [("dense", 1.0), *itertools.product(RECOVERED, SHARES)]
-    others = [m for m in shrinking.METHODS if m not in RECOVERED]
+    others = [m for m in METHODS if m not in RECOVERED]
     for method, share in [*models, *itertools.product(others, SHARES)]:
         yield Setting(method, share, None)
         if recovery and (method, share) in models:
@@ -148,7 +149,7 @@ def table(rows: list[dict], times: list[dict]) -> str:
     )  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for share in (1.0, *SHARES):
-        for method in ("dense", *shrinking.METHODS):
+        for method in ("dense", *METHODS):
             own = [r for r in rows if (r["method"], r["share"]) == (method, share)]
             for r in (r for r in own if r["seed"] is None):
                 after = [x["perplexity"] for x in own if x["seed"] is not None]
@@ -173,7 +174,7 @@ def main() -> None:
         windows = text.load(args.data_dir, tokenizer)
         model = read(demo.in_nnx(lm), windows[demo.CALIBRATION.title])
         if args.times:
-            shrinking.time_all(TIMES, model, shrinking.METHODS, SHARES)
+            shrinking.time_all(TIMES, model, METHODS, SHARES)
             return
         done = {(r["method"], r["share"], r["seed"]) for r in jsonl.read(RESULTS)}
         missing = [x for x in settings(not args.without_recovery) if x not in done]
