@@ -183,7 +183,7 @@ class Groups:
         leaves = _by_path(tree)
         return {
             g.name: functools.reduce(
-                operator.add, (_sum(leaves[m.path], m, g.size) for m in g.members)
+                operator.add, (sum_along(leaves[m.path], m, g.size) for m in g.members)
             )
             for g in self.groups
         }
@@ -255,7 +255,8 @@ def replicated(x: Array) -> Array:
     return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.P()))
 
 
-def _sum(x: Array, member: Member, size: int) -> Float[Array, "units"]:
+def sum_along(x: Array, member: Member, size: int) -> Float[Array, "units"]:
+    """Sums over the slices of each unit along one axis of a leaf, in float32 at least."""
     rest = [a for a in range(x.ndim) if a != member.axis]
     wide = jnp.promote_types(x.dtype, jnp.float32)
     each = replicated(jnp.sum(x, axis=rest, dtype=wide))  # [places]

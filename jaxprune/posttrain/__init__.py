@@ -1,5 +1,7 @@
 """One-shot pruning of trained models, matrix by matrix and block by block."""
 
+from jaxprune._lora import LoRA as LoRA
+
 from ._alps import alps as alps
 from ._bias import bias_correction as bias_correction
 from ._contrast import contrast_mask as contrast_mask
@@ -16,7 +18,6 @@ from ._magnitude import magnitude as magnitude
 from ._obs import obs as obs
 from ._outliers import outlier_ratios as outlier_ratios
 from ._permutation import channel_permutation as channel_permutation
-from ._perp import LoRA as LoRA
 from ._perp import perp_init as perp_init
 from ._perp import perp_params as perp_params
 from ._programs import Program as Program

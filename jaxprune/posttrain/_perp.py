@@ -1,6 +1,5 @@
 """PERP: a pruned model retrained through few parameters, merged with its zeros intact."""
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -8,10 +7,11 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from jaxprune import _tree
 from jaxprune import masks as mask_trees
+from jaxprune._lora import LoRA
 from jaxprune._tree import PyTree
 from jaxprune.posttrain import _given
 
@@ -20,30 +20,6 @@ Kind: TypeAlias = Literal["bias", "norm", "mask_lora", "scale_lora"]
 _BIAS = re.compile(r"b|bias|biases|beta|.+_bias")
 _SCALE = re.compile(r"scale|gamma|.+_scale")
 _NORM = re.compile(r".*norm.*|(.+_)?(ln|bn)(_?\w)?")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LoRA:
-    """Two factors of a matrix as large as the weights `[*stack, K, N]`.
-
-    Attributes:
-      a: float32 `[*stack, K, rank]`.
-      b: float32 `[*stack, rank, N]`.
-      scale: with MaskLoRA, what `a b` is multiplied with before it is added to the kept
-        weights; `None` for ScaleLoRA, where the weights are multiplied with `a b`.
-    """
-
-    a: Float[Array, "*stack K rank"]
-    b: Float[Array, "*stack rank N"]
-    scale: float | None = dataclasses.field(metadata={"static": True})
-
-    def merge(self, w: Array, mask: Array) -> Array:
-        """The weights with the factors in them, in their dtype; 0 where pruned."""
-        product = _given.dot(self.a, self.b)
-        old = _given.wide(w)
-        new = old * product if self.scale is None else old + self.scale * product
-        return jnp.where(mask, new, 0).astype(w.dtype)
 
 
 def perp_init(

@@ -15,13 +15,11 @@ def lora_taylor(
     r"""`|ĝ (w + scale a b)|`, with the gradient of `w` guessed from those of `a` and `b`.
 
     `ĝ = a ∂b + ∂a b - ∂a ∂b` is what a step of gradient descent with rate 1 takes from
-    the product `a b`. The frozen weights need no gradient. Sum the scores over coupled
-    units with `jaxprune.structured.score_groups(graph, params, scores)`, and average over
-    steps; the authors take `0.9 old + 0.1 new`.
+    the product `a b`. The frozen weights need no gradient. `jaxprune.structured.loraprune`
+    sums the scores over coupled units, averages them over steps, and prunes by them while
+    adapters are trained.
 
-    Read for this: the authors' code (loraprune/utils.py). Difference: there sums over the
-    units of a module are divided by their l2 norm before modules are added up; here that
-    is up to the caller.
+    Read for this: the authors' code (loraprune/utils.py).
 
     Args:
       w: frozen weights, inputs first.

@@ -11,6 +11,7 @@ from ._aggregate import aggregate as aggregate
 from ._amp import amp as amp
 from ._biases import compensate as compensate
 from ._by_block import adapt_ratios as adapt_ratios
+from ._by_block import block_ranks as block_ranks
 from ._by_block import block_ratios as block_ratios
 from ._cfsp import relative_activation as relative_activation
 from ._choose import Target as Target
@@ -27,6 +28,11 @@ from ._flap import fluctuation as fluctuation
 from ._latency import measured as measured
 from ._latency import predicted as predicted
 from ._linen import linen_apply as linen_apply
+from ._lora import lora_init as lora_init
+from ._lora import lora_merge as lora_merge
+from ._loraprune import LoRAPrune as LoRAPrune
+from ._loraprune import LoRAPruneState as LoRAPruneState
+from ._loraprune import loraprune as loraprune
 from ._merge import merge as merge
 from ._merge import normalized_features as normalized_features
 from ._module import Patch as Patch
