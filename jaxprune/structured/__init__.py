@@ -58,4 +58,6 @@ from ._trace import Graph as Graph
 from ._trace import Group as Group
 from ._trace import Member as Member
 from ._trace import trace as trace
+from ._untie import Untied as Untied
+from ._untie import untie as untie
 from ._verify import Verification as Verification

@@ -58,7 +58,7 @@ def slicegpt(
     Args:
       fn: `fn(params, *args)`, pure, of arrays, with norms by the root mean square. A layer
         norm subtracts means, which does not go with a rotation.
-      params: its parameters.
+      params: its parameters. Embeddings that are tied behind a scale need `untie` first.
       batches: tuples of arguments `args`; anything else is one argument.
       ratio: share of the width of the stream to remove.
       round_to: the number kept is a multiple of this, or all.
@@ -172,7 +172,7 @@ def fold_scales(graph: Graph, params: PyTree, group: str) -> PyTree:
 
     Raises:
       ValueError: if what is scaled is read by anything other than products with leaves, or
-        by a leaf that has other uses, as a tied embedding has.
+        by a leaf that has other uses, as a tied embedding has before `untie`.
     """
     leaves = by_path(graph, params, "params")
     walk = _Walk()
@@ -192,7 +192,8 @@ def fold_scales(graph: Graph, params: PyTree, group: str) -> PyTree:
             raise ValueError(
                 f"params: the scale {scale} cannot be folded: what it scales is read by "
                 f"{sorted(map(str, readers))}, where None is no product with a leaf, or by a "
-                "leaf with other uses, such as a tied embedding. Give each a leaf of its own."
+                "leaf with other uses, such as a tied embedding. Give each a leaf of its own, "
+                "that one with structured.untie."
             )
         for path in filter(None, readers):
             w = new[path] if path in new else leaves[path]
