@@ -49,6 +49,8 @@ from ._search import Supernet as Supernet
 from ._search import divergence as divergence
 from ._search import search as search
 from ._search import supernet as supernet
+from ._skips import SkipMatrices as SkipMatrices
+from ._skips import add_skip_matrices as add_skip_matrices
 from ._slicegpt import Sliced as Sliced
 from ._slicegpt import fold_scales as fold_scales
 from ._slicegpt import rotate as rotate
