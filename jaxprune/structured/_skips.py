@@ -64,6 +64,10 @@ def add_skip_matrices(
     and another number of them, in each. `slicegpt` turns each part by a matrix of its own,
     as its paper does.
 
+    Each matrix has width² weights, and is multiplied with each token: two of them beside
+    the 12 width² of a usual transformer block, so that little is saved before a good share
+    of the width goes.
+
     A skip connection is a sum along the stream of two values of which one is made from the
     other. Without any, or in a scan, whose carry is one stream, there is nothing to do.
 
