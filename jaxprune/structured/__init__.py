@@ -56,6 +56,8 @@ from ._search import Supernet as Supernet
 from ._search import divergence as divergence
 from ._search import search as search
 from ._search import supernet as supernet
+from ._skips import SkipMatrices as SkipMatrices
+from ._skips import add_skip_matrices as add_skip_matrices
 from ._slicegpt import Sliced as Sliced
 from ._slicegpt import fold_scales as fold_scales
 from ._slicegpt import rotate as rotate
@@ -65,5 +67,7 @@ from ._trace import Graph as Graph
 from ._trace import Group as Group
 from ._trace import Member as Member
 from ._trace import trace as trace
+from ._untie import Untied as Untied
+from ._untie import untie as untie
 from ._verify import Verification as Verification
 from ._without_zeros import without_zeros as without_zeros

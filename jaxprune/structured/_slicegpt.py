@@ -1,6 +1,6 @@
 """SliceGPT: the residual stream is turned to its principal axes, and the last ones go."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxprune import _tree, calibration
+from jaxprune import _tree
 from jaxprune._tree import PyTree
+from jaxprune.calibration._calibrate import collect
 from jaxprune.structured import _consumers
 from jaxprune.structured._biases import replaced
 from jaxprune.structured._facts import PRODUCTS, Fact, Facts, follow
@@ -17,7 +18,8 @@ from jaxprune.structured._plan import Plan
 from jaxprune.structured._planned import planned
 from jaxprune.structured._propagate import Record
 from jaxprune.structured._scores import by_path
-from jaxprune.structured._trace import INPUT, Graph, trace
+from jaxprune.structured._skips import SkipMatrices, stream_of
+from jaxprune.structured._trace import INPUT, Graph, Group, trace
 
 _SCALED = "mul with an activation"
 
@@ -28,12 +30,13 @@ class Sliced(NamedTuple):
     Attributes:
       params: of full size, scales folded and turned: the same function, to rounding.
       plan: what is kept of it: the first axes of the stream.
-      values: mean squares of the stream along its axes, falling.
+      values: mean squares of the stream along its axes, falling; a row for each part
+        where there are several.
     """
 
     params: PyTree
     plan: Plan
-    values: Float[Array, " width"]
+    values: Float[Array, "*parts width"]
 
 
 def slicegpt(
@@ -41,7 +44,7 @@ def slicegpt(
     params: PyTree,
     batches: Iterable[Any],
     *,
-    ratio: float,
+    ratio: float | Sequence[float],
     round_to: int = 1,
     group: str | None = None,
     tolerance: float = 1e-2,
@@ -55,15 +58,22 @@ def slicegpt(
     function stays the same; where it divides by a number of features, that number stays
     when axes go.
 
+    With parameters of `add_skip_matrices` each part of the stream, between two of its sums,
+    has a Q of its own, from E[x xᵀ] of what goes into the matrix on the skip connection, and
+    so into the norm beside it; into the products behind the norm, for the last part. The
+    matrices become Qᵀ Q' from part to part, cut to what these keep. The parts are turned in
+    order, by what comes in when those before them are cut.
+
     Args:
       fn: `fn(params, *args)`, pure, of arrays, with norms by the root mean square. A layer
         norm subtracts means, which does not go with a rotation.
-      params: its parameters.
+      params: its parameters. Embeddings that are tied behind a scale need `untie` first.
       batches: tuples of arguments `args`; anything else is one argument.
-      ratio: share of the width of the stream to remove.
+      ratio: share of the width of the stream to remove; or a list with one for each part,
+        in order, such as a 0.0 at the end to leave the unembedding whole.
       round_to: the number kept is a multiple of this, or all.
-      group: the residual stream, by the name of its group; by default the only group of
-        the kind `"embedding"`.
+      group: the residual stream, by the name of its group; by default all parts of it,
+        if there are skip matrices, or else the only group of the kind `"embedding"`.
       tolerance: how far outputs of the turned model may be from those of the model, on the
         first batch, relative to the largest.
 
@@ -75,41 +85,125 @@ def slicegpt(
         a norm is done with the stream; if scales cannot be folded; if a number is out of
         range; if there is no batch.
 
+    Example:
+      >>> def fn(params, ids):
+      ...     x = params["embed"][ids]
+      ...     return (x + jnp.tanh(x @ params["up"]) @ params["down"]) @ params["embed"].T
+      >>> keys = jax.random.split(jax.random.key(0), 3)
+      >>> shapes = {"embed": (5, 4), "up": (4, 8), "down": (8, 4)}
+      >>> params = {
+      ...     n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items())
+      ... }
+      >>> ids = jnp.array([[0, 1, 4]])
+      >>> fn, params = jp.structured.untie(fn, params, ids, where="embed")
+      >>> fn, params = jp.structured.add_skip_matrices(fn, params, ids)
+      >>> sliced = jp.structured.slicegpt(fn, params, [ids], ratio=[0.5, 0.25])
+      >>> small_fn, small = sliced.plan.rewrite(fn), sliced.plan.shrink(sliced.params)
+      >>> small.matrices[0].shape, small_fn(small, ids).shape
+      ((2, 3), (1, 3, 5))
+
     References:
       Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and
-      Columns", arXiv 2401.15024, and their code. They turn each block by a Q of its own, from
-      what goes into its norm, and give each skip connection a matrix between two of them;
-      here one Q from what comes out of the norms serves the whole stream, so that nothing
-      is added to the model.
+      Columns", arXiv 2401.15024, sections 3.1 to 3.4, and their code. They always turn each
+      block by a Q of its own: `add_skip_matrices` first. Without it one Q, from what comes
+      out of the norms, serves the whole stream, and nothing is added to the model. They damp
+      the moments by 0.01 of their mean, which changes no eigenvector, and by default leave
+      the last part whole. Layer norms, which they turn into norms by the root mean square,
+      are refused here.
     """
-    if not 0 <= ratio < 1 or round_to < 1:
-        raise ValueError(
-            f"ratio, round_to: got {ratio!r} and {round_to!r}; expected a share in [0, 1) and "
-            "1 or more."
-        )
     listed = [b if isinstance(b, tuple) else (b,) for b in batches]
     if not listed:
         raise ValueError("batches: there is none; expected at least one.")
     graph = trace(fn, params, *listed[0])
-    name = _stream(graph) if group is None else graph[group].name
-    params = fold_scales(graph, params, name)
-    readers = {m.path for m in graph[name].members}
-    stats = calibration.calibrate(
-        fn, params, listed, statistics=("gram",), where=lambda path, _: path in readers
-    )
-    total = sum(
-        np.asarray(use.inputs.gram, np.float64).sum((0, 1))
-        for use in _consumers.consumers(graph[name], stats)
-    )
-    values, vectors = np.linalg.eigh(np.asarray(total))
-    q = jnp.asarray(vectors[:, ::-1], jnp.float32)
-    turned = rotate(graph, params, name, q)
+    names = _streams(graph, params, group)
+    counts = _counts(graph, names, ratio, round_to)
+    readers = {name: _readers(graph[name], _matrices(params)) for name in names}
+    moments = _moments(fn, listed, readers)
     run = jax.jit(fn)
-    _check_same(run(params, *listed[0]), run(turned, *listed[0]), name, tolerance)
-    size = graph[name].size
-    n = max(round(size * (1 - ratio) / round_to), 1) * round_to if ratio else size
-    plan = planned(graph, {name: np.arange(min(n, size))})
-    return Sliced(turned, plan, jnp.asarray(values[::-1], jnp.float32))
+    wanted = run(params, *listed[0])
+    for name in names:
+        params = fold_scales(graph, params, name)
+    turned, cut, kept, values = params, params, {}, []
+    for name, count in zip(names, counts, strict=True):
+        squares, vectors = np.linalg.eigh(moments(cut, graph[name]))
+        q = jnp.asarray(vectors[:, ::-1], jnp.float32)
+        turned = rotate(graph, turned, name, q)
+        _check_same(wanted, run(turned, *listed[0]), name, tolerance)
+        values.append(jnp.asarray(squares[::-1], jnp.float32))
+        kept[name] = np.arange(count)
+        cut = planned(graph, kept).mask(turned)
+    rows = jnp.stack(values) if len(values) > 1 else values[0]
+    return Sliced(turned, planned(graph, kept), rows)
+
+
+def _matrices(params: PyTree) -> list[str]:
+    """Paths of the skip matrices."""
+    count = len(params.matrices) if isinstance(params, SkipMatrices) else 0
+    return [f"matrices/{i}" for i in range(count)]
+
+
+def _streams(graph: Graph, params: PyTree, group: str | None) -> list[str]:
+    """The groups to turn, in the order in which the function goes through them."""
+    if group is not None:
+        return [graph[group].name]
+    if not isinstance(params, SkipMatrices):
+        return [stream_of(graph)]
+    names = {f"{m.path}:{m.axis}": g.name for g in graph.groups for m in g.members}
+    ends = (f"{path}:{axis}" for path in _matrices(params) for axis in (0, 1))
+    return list(dict.fromkeys(names[end] for end in ends if end in names))
+
+
+def _readers(group: Group, matrices: Sequence[str]) -> frozenset[str]:
+    """Leaves whose inputs tell the axes: skip matrices, or all where there are none."""
+    skips = {m.path for m in group.members if m.path in matrices and m.axis == 0}
+    return frozenset(skips or {m.path for m in group.members})
+
+
+def _moments(
+    fn: Callable[..., Any], batches: Sequence[Any], readers: dict[str, frozenset[str]]
+) -> Callable[[PyTree, Group], np.ndarray]:
+    """`(params, group) -> E[x xᵀ]` of what its readers read, summed over them."""
+    union = frozenset().union(*readers.values())
+    steps: dict[Any, Any] = {}  # what is compiled serves all groups
+
+    def is_read(path: str, _: Any) -> bool:
+        return path in union
+
+    def moments(params: PyTree, group: Group) -> np.ndarray:
+        stats = collect(fn, params, batches, steps, statistics=("gram",), where=is_read)
+        found = [
+            np.asarray(use.inputs.gram, np.float64).sum((0, 1))
+            for use in _consumers.consumers(group, stats)
+            if use.site.path in readers[group.name]
+        ]
+        if not found:
+            raise ValueError(
+                f"group: no product with a leaf reads {group.name}, so that nothing tells "
+                "its principal axes. Name another with group=."
+            )
+        return np.sum(found, axis=0)
+
+    return moments
+
+
+def _counts(
+    graph: Graph, names: Sequence[str], ratio: float | Sequence[float], round_to: int
+) -> list[int]:
+    """How many axes each part of the stream keeps."""
+    ratios = list(ratio) if isinstance(ratio, Sequence) else [ratio] * len(names)
+    in_range = all(0 <= r < 1 for r in ratios) and round_to >= 1
+    if not in_range or len(ratios) != len(names):
+        raise ValueError(
+            f"ratio, round_to: got {ratio!r} and {round_to!r}; expected a share in [0, 1), "
+            f"or one for each of the {len(names)} parts {_tree.listing(list(names))}, and "
+            "1 or more."
+        )
+    counts = []
+    for name, r in zip(names, ratios, strict=True):
+        size = graph[name].size
+        n = max(round(size * (1 - r) / round_to), 1) * round_to if r else size
+        counts.append(min(n, size))
+    return counts
 
 
 def rotate(
@@ -172,7 +266,7 @@ def fold_scales(graph: Graph, params: PyTree, group: str) -> PyTree:
 
     Raises:
       ValueError: if what is scaled is read by anything other than products with leaves, or
-        by a leaf that has other uses, as a tied embedding has.
+        by a leaf that has other uses, as a tied embedding has before `untie`.
     """
     leaves = by_path(graph, params, "params")
     walk = _Walk()
@@ -192,7 +286,8 @@ def fold_scales(graph: Graph, params: PyTree, group: str) -> PyTree:
             raise ValueError(
                 f"params: the scale {scale} cannot be folded: what it scales is read by "
                 f"{sorted(map(str, readers))}, where None is no product with a leaf, or by a "
-                "leaf with other uses, such as a tied embedding. Give each a leaf of its own."
+                "leaf with other uses, such as a tied embedding. Give each a leaf of its own, "
+                "that one with structured.untie."
             )
         for path in filter(None, readers):
             w = new[path] if path in new else leaves[path]
@@ -252,16 +347,6 @@ def _scales(graph: Graph, params: PyTree) -> set[str]:
     """Leaves that are multiplied with an activation, element by element."""
     untraced = _consumers.trace_of(graph, params).untraced
     return {path for path, uses in untraced.items() if _SCALED in uses}
-
-
-def _stream(graph: Graph) -> str:
-    names = [g.name for g in graph.groups if g.kind == "embedding"]
-    if len(names) != 1:
-        raise ValueError(
-            f"group: the groups of the kind 'embedding' are {names}; expected one, the "
-            "residual stream. Name it with group=."
-        )
-    return names[0]
 
 
 def _check_same(wanted: PyTree, found: PyTree, name: str, tolerance: float) -> None:

@@ -106,6 +106,42 @@ def test_principal_axes_lose_less_than_others():
     assert least < 0.8 * error(folded)
 
 
+def test_each_part_of_the_stream_by_itself_loses_less():
+    fn, p = MODELS["unrolled"]
+    y = fn(p, IDS)
+    new_fn, new = structured.add_skip_matrices(fn, p, IDS)
+
+    def error(fn, found):
+        assert found.plan.verify(fn, found.params, IDS).equal
+        small = found.plan.shrink(found.params)
+        return small, float(jnp.mean((found.plan.rewrite(fn)(small, IDS) - y) ** 2))
+
+    one = structured.slicegpt(fn, p, [IDS], ratio=0.25)
+    each = structured.slicegpt(new_fn, new, [IDS[:3], IDS[3:]], ratio=0.25)
+    small, lost = error(new_fn, each)
+    assert lost < 0.5 * error(fn, one)[1]
+    assert [m.shape for m in small.matrices] == [(9, 9)] * 4
+    assert each.values.shape == (5, WIDTH) and (np.diff(each.values) <= 1e-5).all()
+
+    np.testing.assert_allclose(new_fn(each.params, IDS), y, rtol=1e-3, atol=1e-4)
+    grads = jax.grad(lambda p: new_fn(p, IDS).sum())(each.params)
+    assert all(float(jnp.abs(m).max()) > 1e-3 for m in grads.matrices)
+
+
+def test_parts_are_turned_by_what_is_left_of_those_before():
+    fn, p = structured.add_skip_matrices(*MODELS["unrolled"], IDS)
+    whole = structured.slicegpt(fn, p, [IDS], ratio=0.0)
+    ratios = [0.5, 0.5, 0.25, 0.25, 0.0]
+    found = structured.slicegpt(fn, p, [IDS], ratio=ratios)
+    np.testing.assert_allclose(found.values[0], whole.values[0], rtol=1e-4)
+    assert not np.allclose(found.values[2], whole.values[2], rtol=0.05)
+    small = found.plan.shrink(found.params)
+    assert [m.shape for m in small.matrices] == [(6, 6), (6, 9), (9, 9), (9, 12)]
+    assert small.params["head"].shape == (12, VOCAB)
+    y = jax.jit(found.plan.rewrite(fn))(small, IDS[:2, :3])
+    assert y.shape == (2, 3, VOCAB)
+
+
 def test_what_does_not_go_with_a_rotation_is_refused():
     fn, p = MODELS["unrolled"]
 
@@ -144,6 +180,8 @@ def test_messages():
     (name,) = (g.name for g in graph.groups if g.kind == "embedding")
     with pytest.raises(ValueError, match="ratio, round_to: got 1.0"):
         structured.slicegpt(fn, p, [IDS], ratio=1.0)
+    with pytest.raises(ValueError, match=r"ratio, round_to: got \[0.5, 0.5\].*1 parts"):
+        structured.slicegpt(fn, p, [IDS], ratio=[0.5, 0.5])
     with pytest.raises(ValueError, match="batches: there is none"):
         structured.slicegpt(fn, p, [], ratio=0.5)
     with pytest.raises(ValueError, match=r"q: got the shape \(3, 3\)"):
