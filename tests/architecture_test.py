@@ -199,3 +199,20 @@ def test_banned_import_is_found(source):
     assert not _banned(
         "from jaxprune import kernels\nimport jax.numpy", "tests.some_test"
     )
+
+
+_LAYERS = ("_reading", "_plans", "_methods")
+
+
+@pytest.mark.parametrize("layer", _LAYERS)
+def test_structured_reads_then_plans_then_prunes(layer):
+    """No folder of `structured` imports one above it, but for types."""
+    above = _LAYERS[_LAYERS.index(layer) + 1 :]
+    starts = tuple(f"from jaxprune.structured.{x}" for x in above) + tuple(
+        f"from jaxprune.structured import {x}" for x in above
+    )
+    files = sorted((ROOT / "jaxprune" / "structured" / layer).glob("*.py"))
+    assert files
+    for file in files:
+        wrong = [x for x in file.read_text().splitlines() if x.startswith(starts)]
+        assert not wrong, f"{file.name}: {wrong}"

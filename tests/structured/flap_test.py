@@ -109,7 +109,7 @@ def test_layers_of_a_scan_are_summed():
 
 
 def test_the_budget_is_met_to_the_cost_of_a_unit():
-    costs = structured._flap.unit_costs(GRAPH)
+    costs = structured._methods._flap.unit_costs(GRAPH)
     assert costs[NEURONS] == 8 + 1 + 8
     assert costs[HEADS] == 4 * 8 * 2 + 3 * 2
     total = 12 * costs[NEURONS] + 4 * costs[HEADS]
@@ -261,7 +261,7 @@ def test_a_shared_or_a_late_bias_is_none():
 
     p = {n: jnp.ones((4, 4)) for n in "abcde"}
     p |= {n: jnp.ones(4) for n in ("late", "shared", "own")}
-    found = structured._biases.biases(structured.trace(fn, p, X))
+    found = structured._methods._biases.biases(structured.trace(fn, p, X))
     assert found == {"e": "own"}
 
 

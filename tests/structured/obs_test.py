@@ -57,7 +57,9 @@ def test_scores_are_the_error_that_is_left():
 
 
 def test_steps_come_to_the_same_as_one_solution():
-    local = structured._obs.locals_of(GRAPH, P, STATS, 0.01, ("neuron",))["down:0"]
+    local = structured._methods._obs.locals_of(GRAPH, P, STATS, 0.01, ("neuron",))[
+        "down:0"
+    ]
     for gone in ([1], [4, 5], [6]):
         local.remove(np.array(gone))
     kept = [0, 2, 3, 7]

@@ -7,7 +7,7 @@ import pytest
 
 import jaxprune as jp
 from jaxprune import structured
-from jaxprune.structured import _dims
+from jaxprune.structured._reading import _dims
 
 P = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 8)), "c": jnp.ones((8, 3))}
 X = jnp.ones((5, 4))

@@ -1,0 +1,1 @@
+"""Published methods, as compositions of groups, scores and plans."""

@@ -1,0 +1,1 @@
+"""What is kept, and the parameters and functions that are smaller for it."""

@@ -1,0 +1,1 @@
+"""Which axes of a function lose their units together, read off its jaxpr."""
