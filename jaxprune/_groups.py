@@ -42,11 +42,14 @@ class Group:
       name: of the group.
       size: how many units.
       members: axes that they lie along.
+      minimum: the least number of units that the model can do with, as experts of which
+        each token is sent to two.
     """
 
     name: str
     size: int
     members: tuple[Member, ...]
+    minimum: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "members", tuple(self.members))

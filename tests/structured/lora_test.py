@@ -331,3 +331,39 @@ def test_messages_of_ranks():
         _ranks(1, 1, 1, 1, sharpness=-1)
     with pytest.raises(ValueError, match="no leaf of its own has layers/0.*one rank"):
         structured.block_ranks({"layers": jnp.ones((4, 3, 3))}, _similar(1, 1, 1, 1))
+
+
+def test_as_many_experts_stay_as_a_token_is_sent_to():
+    def fn(p, x):
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(x @ p["router"]), 2)
+        hidden = jnp.einsum("td,tkdf->tkf", x, p["up"][chosen])
+        return jnp.einsum("tk,tkf->tf", weights, hidden)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    p = {
+        "router": jax.random.normal(keys[0], (4, 4)),
+        "up": jax.random.normal(keys[1], (4, 4, 3)),
+    }
+    x = jax.random.normal(keys[2], (6, 4))
+    graph = structured.trace(fn, p, x)
+    groups = graph.as_groups(kinds="expert")
+    assert [g.minimum for g in groups.groups] == [2]
+    factors = structured.lora_init(fn, p, x, key=KEY, where="router")
+    method = structured.loraprune(groups, jp.schedules.constant(0.75))
+    state = method.update(method.init(), p, factors, factors)
+    assert [int(x.sum()) for x in state.kept.values()] == [2]
+    structured.planned(graph, state.kept)
+
+
+def test_ranks_of_paths_that_look_like_patterns():
+    p = {"block[0]": {"w": jnp.ones((4, 4))}, "block[1]": {"w": jnp.ones((4, 4))}}
+    similar = jp.calibration.Similarity(
+        ("block[0]", "block[1]"), jnp.array([0.8, 0.9]), jnp.float32(1)
+    )
+    try:
+        ranks = structured.block_ranks(p, similar)
+    except ValueError as error:  # such names are no blocks
+        assert "similarity" in str(error)
+        return
+    fn = lambda p, x: x @ p["block[0]"]["w"] @ p["block[1]"]["w"]  # noqa: E731
+    structured.lora_init(fn, p, jnp.ones((2, 4)), rank=ranks, key=KEY)

@@ -414,3 +414,26 @@ def test_what_is_zero_goes_in_each_layer_its_own_units():
     np.testing.assert_allclose(plan.rewrite(fn)(small, x), fn(params, x), rtol=1e-5)
     with pytest.raises(ValueError, match=r"kinds: no group is of a kind in \['head'\]"):
         structured.without_zeros(graph, params, kinds="head")
+
+
+def test_statistics_may_be_left_out_of_what_is_zero():
+    def fn(p, x):
+        y = x @ p["up"]
+        y = (y - p["stats"]["mean"]) / jnp.sqrt(p["stats"]["var"] + 1e-3) * p["scale"]
+        return jax.nn.relu(y) @ p["down"]
+
+    alive = jnp.array([1.0, 0, 0, 1])
+    p = {
+        "up": jnp.ones((2, 4)) * alive, "scale": alive,
+        "down": jnp.ones((4, 3)) * alive[:, None],
+        "stats": {"mean": jnp.zeros(4), "var": jnp.ones(4)},
+    }  # fmt: skip
+    graph = structured.trace(fn, p, jnp.ones((5, 2)))
+    (name,) = (g.name for g in graph.groups)
+    assert structured.without_zeros(graph, p).groups[name].left == 4
+    plan = structured.without_zeros(graph, p, ignore="stats/*")
+    assert plan.groups[name].kept.tolist() == [0, 3]
+    with pytest.raises(ValueError, match="ignore"):
+        structured.without_zeros(graph, p, ignore="batch_stats/*")
+    with pytest.raises(ValueError, match=r"kinds: got \['neurons'\]"):
+        structured.without_zeros(graph, p, kinds="neurons")

@@ -186,3 +186,23 @@ def test_messages():
         structured.recalibrate(train, V, [])
     with pytest.raises(ValueError, match="norm0/mean is not finite over them"):
         structured.recalibrate(train, V, [X[0], X[1].at[0, 0].set(jnp.nan)])
+
+
+def test_a_variance_needs_its_mean():
+    batches = [jnp.array([[1.0], [3.0]]), jnp.array([[7.0], [9.0]])]
+
+    def other(p, x):
+        return {"mu": x.mean(0), "var": x.var(0)}
+
+    with pytest.raises(
+        ValueError, match="fn: var is a variance by its name, and its mean"
+    ):
+        structured.recalibrate(other, {"mu": jnp.ones(1), "var": jnp.ones(1)}, batches)
+
+    def haiku(p, x):
+        return {"mean_ema": {"average": x.mean(0)}, "var_ema": {"average": x.var(0)}}
+
+    params = jax.tree.map(jnp.ones_like, haiku(None, batches[0]))
+    new = structured.recalibrate(haiku, params, batches)
+    assert new["var_ema"]["average"].tolist() == [10.0]
+    assert new["mean_ema"]["average"].tolist() == [5.0]

@@ -215,3 +215,33 @@ def test_messages():
         graph, joined, p, [X], ratio={graph.groups[0].name: 0.4}
     )
     assert len(alone.kept) == 1
+
+
+def test_logits_that_are_never_and_numbers_that_are_none():
+    def masked(p, x):
+        return jnp.where(jnp.arange(5) < 4, fn(p, x), -jnp.inf)
+
+    away = structured.divergence(masked, P, [X])
+    assert away(P) == 0
+    assert 0 < away(NET.params(NET.start, P)) < 10
+    with pytest.raises(ValueError, match="fitness: it is nan at the start"):
+        structured.search(NET, P, lambda p: np.nan, key=KEY)
+
+
+def test_query_heads_go_with_their_keys():
+    keys = jax.random.split(KEY, 4)
+    p = {
+        "q": jax.random.normal(keys[0], (8, 4, 2)), "k": jax.random.normal(keys[1], (8, 2, 2)),
+        "v": jax.random.normal(keys[2], (8, 2, 2)), "o": jax.random.normal(keys[3], (4, 2, 8)),
+    }  # fmt: skip
+
+    def attend(p, x):
+        q, k, v = (jnp.einsum("btd,dhe->bthe", x, p[n]) for n in "qkv")
+        return jnp.einsum(
+            "bthe,hed->btd", jax.nn.dot_product_attention(q, k, v), p["o"]
+        )
+
+    x = X.reshape(4, 16, 8)
+    graph = structured.trace(attend, p, x)
+    net = structured.supernet(graph, attend, p, [x], ratio=0.5, step=0.5, levels=3)
+    assert [graph[name].kind for name in net.kept] == ["kv_group"]

@@ -196,3 +196,21 @@ def test_messages():
             [jnp.ones((2, 4))],
             ratio=0.5,
         )
+
+
+def test_skip_matrices_come_last():
+    def fn(p, ids):
+        x = p["embed"][ids]
+        return (x + jnp.tanh(x @ p["up"]) @ p["down"]) @ p["embed"].T
+
+    keys = jax.random.split(KEY, 3)
+    shapes = {"embed": (5, 4), "up": (4, 8), "down": (8, 4)}
+    p = {
+        n: jax.random.normal(k, s)
+        for k, (n, s) in zip(keys, shapes.items(), strict=True)
+    }
+    ids = jnp.array([[0, 1, 4]])
+    fn, p = structured.add_skip_matrices(fn, p, ids)
+    fn, p = structured.untie(fn, p, ids, where="embed")
+    with pytest.raises(ValueError, match="params: got a Untied of SkipMatrices"):
+        structured.slicegpt(fn, p, [ids], ratio=0.5)

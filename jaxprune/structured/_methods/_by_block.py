@@ -1,5 +1,6 @@
 """How much each block loses: from how much it changes what goes through it."""
 
+import glob
 import math
 from collections.abc import Mapping, Sequence
 
@@ -8,6 +9,7 @@ import numpy as np
 from jaxprune import _tree, tracing
 from jaxprune._tree import PyTree
 from jaxprune.calibration import Similarity
+from jaxprune.structured._methods import _consumers
 from jaxprune.structured._methods._flap import UNITS
 from jaxprune.structured._reading._graph import INPUT, Graph, Group
 from jaxprune.structured._reading._kinds import Kind
@@ -84,8 +86,8 @@ def block_ranks(
       sharpness: as in `block_ratios`; 0 makes all blocks equal.
 
     Returns:
-      Ranks by path of each leaf of a block, for `lora_init(..., rank=...)`. Leaves outside
-      the blocks have none.
+      Ranks by path of each leaf of a block, for `lora_init(..., rank=...)`, as patterns
+      that match this path alone. Leaves outside the blocks have none.
 
     Raises:
       ValueError: if a number is out of range, or a block has no leaf of its own.
@@ -118,7 +120,7 @@ def block_ranks(
             "give lora_init one rank. The leaves are: " + _tree.listing(paths) + "."
         )
     blocks = {p: tracing.numbered(p) for p in paths}
-    return {p: known[b] for p, b in blocks.items() if b in known}
+    return {glob.escape(p): known[b] for p, b in blocks.items() if b in known}
 
 
 def adapt_ratios(
@@ -191,9 +193,9 @@ def _by_group(
     """The value of its block for each group that lies in one."""
     known = dict(zip(names, map(float, values), strict=True))
     found = {}
-    for group in graph.groups:
+    for group in _consumers.groups_of(graph, kinds):
         block = _block(group)
-        if group.kind in kinds and block in known:
+        if block in known:
             found[group.name] = known[block]
     if not found:
         groups = [f"{g.name} ({g.kind})" for g in graph.groups]

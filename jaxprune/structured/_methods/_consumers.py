@@ -13,6 +13,7 @@ from jaxprune._tree import PyTree
 from jaxprune.calibration import Inputs, Statistics
 from jaxprune.structured._methods._scores import by_path
 from jaxprune.structured._plans._plan import Plan
+from jaxprune.structured._reading import _kinds
 from jaxprune.structured._reading._graph import Graph, Group
 from jaxprune.structured._reading._kinds import Kind
 from jaxprune.tracing import Site, Trace, of_jaxpr
@@ -98,7 +99,8 @@ def trace_of(graph: Graph, params: PyTree) -> Trace:
 
 def groups_of(graph: Graph, kinds: Sequence[Kind]) -> Iterator[Group]:
     """The groups of some kinds."""
-    return (g for g in graph.groups if g.kind in kinds)
+    wanted = _kinds.wanted(kinds)
+    return (g for g in graph.groups if g.kind in wanted)
 
 
 def score_inputs(

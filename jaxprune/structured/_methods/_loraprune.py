@@ -65,7 +65,8 @@ def loraprune(
     the same share; the cubic schedule runs over the middle 80 % of training, and masks
     follow it every 10 steps. Differences: their last update of masks comes before the
     schedule ends, so that a little less than the final share is gone, here it is met;
-    counts are rounded, there cut off; one unit of a group always stays.
+    counts are rounded, there cut off; one unit of a group always stays, or as many as the
+    model needs.
 
     Args:
       groups: `graph.as_groups(kinds=("head", "neuron"))`, say; leave layers whole with
@@ -123,7 +124,10 @@ def loraprune(
             for name, old in state.scores.items()
         }
         share = sparsity(state.step)
-        kept = {n: _kept(x, state.kept[n], share) for n, x in scores.items()}
+        kept = {
+            g.name: _kept(scores[g.name], state.kept[g.name], share, g.minimum)
+            for g in groups.groups
+        }
         return LoRAPruneState(state.step + 1, scores, kept)
 
     def view(
@@ -179,9 +183,9 @@ def _by_weight(
     return _lora.from_matrices(scores, part.axes, weights[path].shape)
 
 
-def _kept(scores: Array, kept: Array, share: Array) -> Array:
+def _kept(scores: Array, kept: Array, share: Array, minimum: int) -> Array:
     """The best units, of those that are left; ties go to the lower number."""
-    left = jnp.maximum(jnp.round(scores.size * (1 - share)), 1)
+    left = jnp.maximum(jnp.round(scores.size * (1 - share)), max(minimum, 1))
     order = jnp.argsort(jnp.where(kept, -scores, jnp.inf), stable=True)
     place = jnp.argsort(order)  # of each unit, the best first
     return kept & (place < left)

@@ -13,6 +13,7 @@ from jaxprune.structured._methods._scores import by_path
 from jaxprune.structured._plans._plan import Plan
 from jaxprune.structured._reading._graph import INPUT, Graph, Group
 from jaxprune.structured._reading._kinds import Kind
+from jaxprune.structured._reading._kinds import wanted as wanted_kinds
 from jaxprune.tracing import Site
 
 
@@ -23,7 +24,7 @@ def merge(
     *,
     features: Mapping[str, Float[Array, "units features"]] | None = None,
     ridge: float = 1e-3,
-    kinds: Sequence[Kind] = ("neuron", "channel"),
+    kinds: Kind | Sequence[Kind] = ("neuron", "channel"),
 ) -> PyTree:
     """Adds what reads removed channels to what reads the channels that are like them.
 
@@ -69,13 +70,14 @@ def merge(
     if not (np.isfinite(ridge) and ridge >= 0):
         raise ValueError(f"ridge: got {ridge!r}; expected a number of 0 or more.")
     _consumers.check_alike(plan)
+    wanted = wanted_kinds(kinds)
     leaves = by_path(graph, params, "params")
     added = biases(graph)
     sites = _consumers.trace_of(graph, params).sites
     new: dict[str, Array] = {}
     for name, choice in plan.groups.items():
         group = graph[name]
-        if len(choice.kept) == group.size or group.kind not in kinds:
+        if len(choice.kept) == group.size or group.kind not in wanted:
             continue
         made, read = _ends(group, sites)
         f = (features or {}).get(name)

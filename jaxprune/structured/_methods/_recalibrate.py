@@ -46,11 +46,12 @@ def recalibrate(
     Returns:
       The parameters with new leaves where `fn` gives others than it was given. A variance is
       a leaf whose name has `var` or `variance` where that of its sibling has `mean`, such as
-      `running_var`; without such a sibling a leaf is averaged. Leaves of whole numbers, such
-      as counters, stay. Computed in float32, for a decay of 0.99 to a part in 100,000.
+      `running_var`; any other leaf is averaged. Leaves of whole numbers, such as counters,
+      stay. Computed in float32, for a decay of 0.99 to a part in 100,000.
 
     Raises:
-      ValueError: if there is no batch; if no statistic changes, one is no running average,
+      ValueError: if there is no batch; if no statistic changes, one is no running average, or
+        a variance by its name without its mean,
         has another shape or is not finite; or if `params` has no such leaf.
 
     Example:
@@ -142,8 +143,8 @@ def _decays(
         if not (close and -_LEAST < decays[p] < 1 - _LEAST):
             raise ValueError(
                 f"fn: {p} is no running average, decay · old + (1 - decay) · batch, or not "
-                "finite. Run the model in training mode, with a decay below 1, and return "
-                "statistics of batch norms alone."
+                "finite. Run the model in training mode, with statistics in float32 and a "
+                "decay of at most 0.999, and return statistics of batch norms alone."
             )
     return start, decays
 
@@ -153,9 +154,8 @@ def _written(
 ) -> PyTree:
     known, new = _floats(params), {}
     for path, x in means.items():
-        owner, slash, name = path.rpartition("/")
-        mean = owner + slash + re.sub("var(iance)?", "mean", name)
-        if mean != path and mean in spreads:
+        mean = _mean_of(path, spreads)
+        if mean is not None:
             x = x + spreads[mean]
         if not jnp.all(jnp.isfinite(x)):
             raise ValueError(
@@ -164,3 +164,20 @@ def _written(
             )
         new[path] = x.astype(known[path].dtype)
     return replaced(params, new)
+
+
+def _mean_of(path: str, known: Mapping[str, Any]) -> str | None:
+    """Where the mean of a variance is; `None` for a leaf that is no variance."""
+    parts = path.split("/")
+    for i in reversed(range(len(parts))):
+        part = re.sub("var(iance)?", "mean", parts[i])
+        other = "/".join([*parts[:i], part, *parts[i + 1 :]])
+        if part != parts[i] and other in known:
+            return other
+    if "var" in parts[-1]:
+        raise ValueError(
+            f"fn: {path} is a variance by its name, and its mean is not among what changes, "
+            f"{_tree.listing(list(known))}; without it the variance over all batches is not "
+            "known. Name the two alike, as mean and var."
+        )
+    return None

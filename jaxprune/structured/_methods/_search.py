@@ -101,7 +101,8 @@ def supernet(
       batches: tuples of arguments `args`; anything else is one argument. They are kept, as
         each group sees all of them.
       ratio: share of the units of a group that is expected to go, or `{group: ratio}`;
-        groups without a ratio are left out.
+        groups without a ratio are left out. By one share for all, query heads go with
+        their keys and values, where several have the same.
       step: share of the units of a group that one level more removes, at least one unit.
         0.125 is the paper's, which then takes halves of it.
       levels: at most how many, an odd number: the expected ratio, and as many on each side
@@ -146,7 +147,7 @@ def supernet(
     batches, known = list(batches), by_path(graph, params, "params")
     order, costs = _in_order(graph, params, kinds), unit_costs(graph)
     net, expected = Supernet({}, {}, {}, {}, {}, graph), params
-    for name, share in _shares(order, ratio).items():
+    for name, share in _shares(graph, order, ratio).items():
         group, reading = graph[name], order[name]
         statistics = calibrate(
             fn, expected, batches, statistics=("gram",), token_weights=token_weights,
@@ -196,11 +197,25 @@ def _in_order(
     return {name: found[name] for name in sorted(found, key=lambda n: first[n])}
 
 
+def _coarsest(graph: Graph, order: Mapping[str, frozenset[str]]) -> list[str]:
+    """The groups, without query heads of which a leaf reads the groups of keys too."""
+    shared = [order[n] for n in order if graph[n].kind == "kv_group"]
+    return [
+        n for n in order
+        if graph[n].kind != "head" or not any(order[n] & paths for paths in shared)
+    ]  # fmt: skip
+
+
 def _shares(
-    order: Mapping[str, frozenset[str]], ratio: float | Mapping[str, float]
+    graph: Graph,
+    order: Mapping[str, frozenset[str]],
+    ratio: float | Mapping[str, float],
 ) -> dict[str, float]:
     """The expected ratio of each group that has one, in order."""
-    given = ratio if isinstance(ratio, Mapping) else dict.fromkeys(order, ratio)
+    if isinstance(ratio, Mapping):
+        given = ratio
+    else:
+        given = dict.fromkeys(_coarsest(graph, order), ratio)
     odd = [n for n in given if n not in order]
     if odd or not given:
         raise ValueError(
@@ -301,6 +316,11 @@ def search(
     levels = dict(net.start if start is None else start)
     random = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
     best = float(fitness(net.params(levels, params)))
+    if not np.isfinite(best):
+        raise ValueError(
+            f"fitness: it is {best} at the start; expected a finite number. Look for values "
+            "that are none in its data, or in what it computes."
+        )
     if not _moves(net, levels):
         raise ValueError(
             f"start: from the levels {levels} nothing can be moved: no two groups of one kind "
@@ -351,7 +371,8 @@ def divergence(
     def total(params: PyTree, args: tuple[Any, ...], wanted: Array) -> Array:
         p, q = (jax.nn.log_softmax(x.astype(jnp.float32))
                 for x in (wanted, fn(params, *args)))  # fmt: skip
-        return jnp.sum(jnp.exp(p) * (p - q))
+        apart = jnp.where(p == -jnp.inf, 0, p - q)  # of what never comes
+        return jnp.sum(jnp.exp(p) * apart)
 
     tokens = sum(y.size // y.shape[-1] for _, y in known)
     return lambda params: sum(float(total(params, *x)) for x in known) / tokens

@@ -162,6 +162,8 @@ def _with_matrices(fn: Callable[..., Any], path: str, axis: int) -> Callable[...
     return new_fn
 
 
+_Chain = Sequence[tuple[Program, Record | None]]
+"""A program, in the programs that call it, the outermost first, and by which equations."""
 _ByPlace = dict[tuple[int, ...], tuple[_Skip, Array]]
 
 
@@ -217,23 +219,23 @@ def _turned(x: Array, matrix: Array, axis: int) -> Array:
 def _skips(traced: Traced, path: str, axis: int) -> list[_Skip]:
     """Sums along the stream that is an axis of a leaf."""
     dims = dict(zip(traced.paths, traced.dims, strict=True))
-    return list(_in_program(traced.program, _dims.find(dims[path][axis]), ()))
+    stream = _dims.find(dims[path][axis])
+    return list(_in_program([(traced.program, None)], stream, ()))
 
 
-def _in_program(
-    program: Program, stream: Dim, place: tuple[int, ...]
-) -> Iterator[_Skip]:
+def _in_program(chain: _Chain, stream: Dim, place: tuple[int, ...]) -> Iterator[_Skip]:
+    program, _ = chain[-1]
     for i, record in enumerate(program.records):
         name, here = record.eqn.primitive.name, (*place, i)
         if name in _SUMS:
             axis, other = (_axis(x.dims, stream) for x in record.operands)
             along = axis is not None and axis == other
-            operand = _older(program, record) if along else None
+            operand = _older(chain, record) if along else None
             if axis is not None and operand is not None:
                 dtype = record.eqn.invars[operand].aval.dtype
                 yield _Skip(here, operand, axis, dtype)
         for inner in record.inner:
-            found = list(_in_program(inner, stream, here))
+            found = list(_in_program([*chain, (inner, record)], stream, here))
             if found and name not in _CALLS:
                 raise ValueError(
                     f"fn: a skip connection stands in a {name}. A scan carries one stream, "
@@ -250,28 +252,47 @@ def _axis(dims: Sequence[Dim], stream: Dim) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-def _older(program: Program, record: Record) -> int | None:
+def _older(chain: _Chain, record: Record) -> int | None:
     """The operand of a sum that the other is made from."""
+    program, _ = chain[-1]
     a, b = (_origin(program, x) for x in record.eqn.invars)
     if a is b or isinstance(a, Literal) or isinstance(b, Literal):
         return None
-    if _made_from(program, b, a):
+    if _made_from(chain, b, a):
         return 0
-    return 1 if _made_from(program, a, b) else None
+    return 1 if _made_from(chain, a, b) else None
 
 
 def _origin(program: Program, x: Any) -> Any:
-    """What a value was before it was cast or moved."""
+    """What a value was before it was cast, moved or multiplied by a number."""
     for record in reversed(program.records):
         eqn = record.eqn
-        if eqn.primitive.name in _MOVES and x is eqn.outvars[0]:
-            x = eqn.invars[0]
+        if x is not eqn.outvars[0]:
+            continue
+        values = [v for v in eqn.invars if v.aval.ndim]
+        scaled = eqn.primitive.name == "mul" and len(values) == 1
+        scaled |= eqn.primitive.name == "div" and values == eqn.invars[:1]
+        if eqn.primitive.name in _MOVES or scaled:
+            x = values[0]
     return x
 
 
-def _made_from(program: Program, x: Any, source: Any) -> bool:
+def _made_from(chain: _Chain, x: Any, source: Any) -> bool:
+    """Whether a value is made from another, both of the innermost program."""
     needed = {x}
-    for record in reversed(program.records):
-        if needed.intersection(record.eqn.outvars):
-            needed |= {v for v in record.eqn.invars if not isinstance(v, Literal)}
-    return source in needed
+    for k, (program, call) in reversed(list(enumerate(chain))):
+        for record in reversed(program.records):
+            if needed.intersection(record.eqn.outvars):
+                needed |= {v for v in record.eqn.invars if not isinstance(v, Literal)}
+        if source in needed:
+            return True
+        inside = program.jaxpr.invars
+        if call is None or source not in inside:
+            return False
+        outside = dict(zip(inside, call.eqn.invars, strict=True))
+        source = _origin(chain[k - 1][0], outside[source])
+        given = (outside[v] for v in inside if v in needed)
+        needed = {v for v in given if not isinstance(v, Literal)}
+        if isinstance(source, Literal):
+            return False
+    return False

@@ -10,12 +10,16 @@ from jaxprune.structured._methods._scores import as_real, score_groups
 from jaxprune.structured._plans import _choose
 from jaxprune.structured._plans._plan import Plan
 from jaxprune.structured._plans._planned import planned
-from jaxprune.structured._reading._graph import Graph
+from jaxprune.structured._reading._graph import Graph, Patterns, check_patterns, matches
 from jaxprune.structured._reading._kinds import Kind
 
 
 def without_zeros(
-    graph: Graph, params: PyTree, *, kinds: Kind | Sequence[Kind] | None = None
+    graph: Graph,
+    params: PyTree,
+    *,
+    kinds: Kind | Sequence[Kind] | None = None,
+    ignore: Patterns = (),
 ) -> Plan:
     """The plan that removes the units whose weights are all 0, in every member.
 
@@ -28,9 +32,12 @@ def without_zeros(
       params: the parameters that it was traced with, with zeros where they are pruned:
         after `jaxprune.neuroprune_fold`, or `masks.apply`.
       kinds: of groups to remove units of; all but `"layer"` and `"row"`.
+      ignore: glob patterns of leaves that do not count, such as `"batch_stats/*"`: a
+        variance is not 0 where weights are.
 
     Raises:
-      ValueError: if no group is of these kinds, or a leaf is missing or has another shape.
+      ValueError: if no group is of these kinds, a leaf is missing or has another shape, or
+        a pattern matches none.
 
     Example:
       >>> def fn(params, x):
@@ -42,7 +49,10 @@ def without_zeros(
       >>> plan.shrink(params)["up"].tolist()
       [[1.0, 2.0]]
     """
-    nonzero = _tree.map_leaves(lambda x: as_real(x) != 0, params)
+    check_patterns("ignore", ignore, list(graph.shapes))
+    nonzero = _tree.map_with_path(
+        lambda path, x: (as_real(x) != 0) & (not matches(path, ignore)), params
+    )
     counts = score_groups(graph, params, nonzero, apart=True)
     kept = {}
     for group in _choose.groups_of(graph, kinds):

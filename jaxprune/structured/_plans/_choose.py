@@ -105,7 +105,7 @@ def plan(
       >>> plan.shrink(params)["up"].shape
       (2, 6)
     """
-    wanted = _wanted(kinds)
+    wanted = _kinds.wanted(kinds)
     _check(ratio, target, scope, round_to, min_keep, max_ratio)
     fixed = _overrides(graph, overrides or {})
     groups = [g for g in graph.groups if g.kind in wanted and g.name not in fixed]
@@ -142,18 +142,11 @@ def groups_of(graph: Graph, kinds: Kind | Sequence[Kind] | None) -> list[Group]:
     Raises:
       ValueError: if there are none.
     """
-    wanted = _wanted(kinds)
+    wanted = _kinds.wanted(kinds)
     found = [g for g in graph.groups if g.kind in wanted]
     if not found:
         _refuse_nothing(graph, wanted)
     return found
-
-
-def _wanted(kinds: Kind | Sequence[Kind] | None) -> set[Kind]:
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    if unknown := [k for k in kinds or () if k not in _kinds.KINDS]:
-        raise ValueError(f"kinds: got {unknown}; expected some of {_kinds.KINDS}.")
-    return set(kinds) if kinds else set(_kinds.KINDS) - {"layer", "row"}
 
 
 def _check(ratio, target, scope, round_to, min_keep, max_ratio) -> None:

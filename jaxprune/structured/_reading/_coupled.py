@@ -14,7 +14,7 @@ from jaxprune.structured._reading._propagate import Program
 
 def as_groups(
     groups: Sequence[Any],
-    kinds: Sequence[_kinds.Kind] | None,
+    kinds: _kinds.Kind | Sequence[_kinds.Kind] | None,
     stays: Callable[[Any], bool],
 ) -> _groups.Groups:
     """The traced groups of these kinds, with the members that stay.
@@ -22,7 +22,7 @@ def as_groups(
     Raises:
       ValueError: if nothing is left.
     """
-    wanted = set(kinds) if kinds else set(_kinds.KINDS) - {"layer", "row"}
+    wanted = _kinds.wanted(kinds)
     found = []
     for g in (g for g in groups if g.kind in wanted):
         members = tuple(
@@ -31,7 +31,7 @@ def as_groups(
             if stays(m)
         )
         if members:
-            found.append(_groups.Group(g.name, g.size, members))
+            found.append(_groups.Group(g.name, g.size, members, g.minimum))
     if not found:
         here = sorted({g.kind for g in groups})
         raise ValueError(

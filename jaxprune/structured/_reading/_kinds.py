@@ -18,6 +18,18 @@ KINDS: tuple[Kind, ...] = (
 _HEAD = "batch of activations"
 
 
+def wanted(kinds: Kind | Sequence[Kind] | None) -> set[Kind]:
+    """These kinds; by default all but layers and rows.
+
+    Raises:
+      ValueError: if one is none.
+    """
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if unknown := [k for k in kinds or () if k not in KINDS]:
+        raise ValueError(f"kinds: got {unknown}; expected some of {KINDS}.")
+    return set(kinds) if kinds else set(KINDS) - {"layer", "row"}
+
+
 def kind(leaf: Dim, axes: Sequence[Dim]) -> Kind:
     """The kind of a group.
 
