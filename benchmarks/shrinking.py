@@ -4,11 +4,14 @@ Quality and time are measured apart: the one takes hours and does not mind what 
 machine does, the other takes minutes and wants it idle.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
 import pathlib
+import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +23,7 @@ import jaxprune as jp
 
 ROUNDS = 9  # of timing
 ROUND_TO: Any = {"neuron": 16, "channel": 8}  # units kept
+_OPERATION = r'^ *(?:ROOT )?%?([\w.-]+) = (\w+\[[\d,]*\])\S* .*op_name="([^"]*)"'
 
 
 class Setting(NamedTuple):
@@ -257,6 +261,28 @@ def latency(small: Small, model: Model) -> float:
 
     turns = [[spent(*x) for x in pair] for _ in range(ROUNDS + 1)]
     return statistics.median(a / b for a, b in turns[1:])
+
+
+def operations(fn: Callable[..., Any], params: Any, args: tuple) -> dict[str, float]:
+    """Milliseconds of each operation of the compiled function, the slowest first.
+
+    They are named by XLA's name, the shape of what comes out, and the primitive.
+    """
+    compiled = jax.jit(fn).lower(params, *args).compile()
+    found = re.findall(_OPERATION, compiled.as_text(), flags=re.MULTILINE)
+    names = {name: f"{name} {shape} {own.split('/')[-1]}" for name, shape, own in found}
+    jax.block_until_ready(compiled(params, *args))
+    spent: dict[str, float] = collections.defaultdict(float)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(ROUNDS):
+                jax.block_until_ready(compiled(params, *args))
+        (path,) = pathlib.Path(folder).glob("**/*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(path))
+        for event in (e for p in data.planes for x in p.lines for e in x.events):
+            if event.name in names:
+                spent[names[event.name]] += event.duration_ns / 1e6 / ROUNDS
+    return dict(sorted(spent.items(), key=lambda x: -x[1]))
 
 
 def costs(small: Small, model: Model) -> dict[str, float]:

@@ -13,6 +13,7 @@ whenever you like. The packages that it needs: see `efficientnet.py`.
 
     python benchmarks/structured_efficientnet.py            # runs what is missing
     python benchmarks/structured_efficientnet.py --times    # latency, with the first seed
+    python benchmarks/structured_efficientnet.py --operations  # what takes the time
     python benchmarks/structured_efficientnet.py --table    # prints the table
 
 Expected before measuring: OBSPA far ahead of all before the recovery, as it is the only one
@@ -23,6 +24,7 @@ bound by memory: six tenths.
 
 import argparse
 import functools
+import itertools
 import pathlib
 import time
 from typing import Any
@@ -135,12 +137,38 @@ class Bench:
         return {**found, "after": self.accuracy(small.fn, params)}
 
 
+def show_operations() -> None:
+    """Where the time goes in ImageNet's network, dense and at half of the operations."""
+    params = efficientnet.pretrained(10, seed=0)
+    images = enlarged(np.random.default_rng(0).random((BATCH, 28, 28), np.float32))
+    model = shrinking.Model(
+        efficientnet.logits, params, (images,), [], None, [], kinds=("channel",),
+        biased=(), block_of=lambda path: None,
+    )  # fmt: skip
+    half = shrinking.magnitude(model, 0.5)
+    for small in (model.whole(), half):
+        found = shrinking.operations(small.fn, small.params, model.args)
+        print(f"{small.flops:,} operations, {sum(found.values()):.1f} ms")
+        for name, spent in list(found.items())[:6]:
+            print(f"    {spent:.2f} ms {name}")
+    for step, share in itertools.product((8, 16), SHARES):
+        shrinking.ROUND_TO = {"channel": step}
+        small = shrinking.magnitude(model, share)
+        row = {"method": "magnitude", "share": share, **shrinking.costs(small, model)}
+        timed = {**row, "latency": shrinking.latency(small, model)}
+        print(f"multiples of {step}: {' | '.join(shrinking.costs_of(row, [timed]))}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-dir", default=".data")
     parser.add_argument("--times", action="store_true", help="only latency")
+    parser.add_argument("--operations", action="store_true", help="what takes the time")
     parser.add_argument("--table", action="store_true", help="only print the table")
     args = parser.parse_args()
+    if args.operations:
+        show_operations()
+        return
     if not args.table:
         data = fashion_mnist.load(args.data_dir)
         if args.times:
