@@ -15,6 +15,7 @@ whenever you like.
     python benchmarks/structured_smollm2.py                     # runs what is missing
     python benchmarks/structured_smollm2.py --without-recovery  # ... but not this
     python benchmarks/structured_smollm2.py --times             # latency
+    python benchmarks/structured_smollm2.py --operations        # what takes the time
     python benchmarks/structured_smollm2.py --table             # prints the table
 
 Expected before measuring: Taylor and FLAP far ahead of magnitude, which is of no use on this
@@ -27,6 +28,7 @@ other; dense gains little on Emma and loses on Brown.
 """
 
 import argparse
+import collections
 import itertools
 import pathlib
 import sys
@@ -141,6 +143,20 @@ class Bench:
         return found
 
 
+def show_operations(model: shrinking.Model) -> None:
+    """Where the time goes, by shape and primitive, all layers together."""
+    for method, share in (("dense", 1.0), *(("magnitude", s) for s in SHARES)):
+        small = shrinking.made(method, model, share)
+        spent = collections.Counter()
+        for name, each in shrinking.operations(
+            small.fn, small.params, model.args
+        ).items():
+            spent[name.split(" ", 1)[1]] += each
+        print(f"{small.flops:,} operations, {sum(spent.values()):.0f} ms")
+        for name, total in spent.most_common(9):
+            print(f"    {total:.1f} ms {name}")
+
+
 def table(rows: list[dict], times: list[dict]) -> str:
     """A row for each method and share, before and after the recovery."""
     columns = (
@@ -166,6 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-dir", type=pathlib.Path, default=".data")
     parser.add_argument("--times", action="store_true", help="only latency")
+    parser.add_argument("--operations", action="store_true", help="what takes the time")
     parser.add_argument("--table", action="store_true", help="only print the table")
     parser.add_argument("--without-recovery", action="store_true")
     args = parser.parse_args()
@@ -173,6 +190,9 @@ def main() -> None:
         lm, tokenizer = weights.pretrained()
         windows = text.load(args.data_dir, tokenizer)
         model = read(demo.in_nnx(lm), windows[demo.CALIBRATION.title])
+        if args.operations:
+            show_operations(model)
+            return
         if args.times:
             shrinking.time_all(TIMES, model, METHODS, SHARES)
             return
