@@ -299,12 +299,19 @@ def made(method: str, model: Model, share: float) -> Small:
 
 
 def time_all(
-    path: pathlib.Path, model: Model, methods: Iterable[str], shares: Iterable[float]
+    path: pathlib.Path,
+    make: Callable[[], Model],
+    methods: Iterable[str],
+    shares: Iterable[float],
 ) -> None:
     """Adds a line of time for each method and share that has none."""
     done = {(r["method"], r["share"]) for r in jsonl.read(path)}
     wanted = [("dense", 1.0), *((m, s) for s in shares for m in methods)]
-    for method, share in (x for x in wanted if x not in done):
+    missing = [x for x in wanted if x not in done]
+    if not missing:
+        return
+    model = make()
+    for method, share in missing:
         small = made(method, model, share)
         found = {"method": method, "share": share, **costs(small, model)}
         jsonl.add(path, {**found, "latency": latency(small, model)})

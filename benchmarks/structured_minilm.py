@@ -126,18 +126,20 @@ def main() -> None:
     if not args.table:
         builder = data.prepare(args.data_dir)
         test = data.test_set(builder, length=BUDGET.length)
-        if args.times:
-            model = Bench(SEEDS[0], builder, test).model
-            shrinking.time_all(TIMES, model, shrinking.METHODS, SHARES)
-            return
         done = {(r["method"], r["share"], r["seed"]) for r in jsonl.read(RESULTS)}
         bench = None
         for setting in shrinking.settings(shrinking.METHODS, SHARES, SEEDS):
-            if setting in done:
+            if args.times or setting in done:
                 continue
             if bench is None or bench.seed != setting.seed:
                 bench = Bench(setting.seed, builder, test)
             jsonl.add(RESULTS, bench.run(setting))
+        shrinking.time_all(
+            TIMES,
+            lambda: Bench(SEEDS[0], builder, test).model,
+            shrinking.METHODS,
+            SHARES,
+        )
     rows, times = jsonl.read(RESULTS), jsonl.read(TIMES)
     print(shrinking.accuracies(rows, times, shrinking.METHODS, SHARES))
 

@@ -193,15 +193,14 @@ def main() -> None:
         if args.operations:
             show_operations(model)
             return
-        if args.times:
-            shrinking.time_all(TIMES, model, METHODS, SHARES)
-            return
         done = {(r["method"], r["share"], r["seed"]) for r in jsonl.read(RESULTS)}
-        missing = [x for x in settings(not args.without_recovery) if x not in done]
+        wanted = () if args.times else settings(not args.without_recovery)
+        missing = [x for x in wanted if x not in done]
         for (method, share), lines in itertools.groupby(missing, lambda x: x[:2]):
             bench = Bench(method, share, model)
             for setting in lines:
                 jsonl.add(RESULTS, bench.run(setting, windows))
+        shrinking.time_all(TIMES, lambda: model, METHODS, SHARES)
     print(table(jsonl.read(RESULTS), jsonl.read(TIMES)))
 
 

@@ -356,14 +356,14 @@ def test_as_many_experts_stay_as_a_token_is_sent_to():
 
 
 def test_ranks_of_paths_that_look_like_patterns():
-    p = {"block[0]": {"w": jnp.ones((4, 4))}, "block[1]": {"w": jnp.ones((4, 4))}}
+    def fn(p, x):
+        return x @ p["layers"]["0[a]"]["w"] @ p["layers"]["1[a]"]["w"]
+
+    p = {"layers": {name: {"w": jnp.ones((4, 4))} for name in ("0[a]", "1[a]")}}
     similar = jp.calibration.Similarity(
-        ("block[0]", "block[1]"), jnp.array([0.8, 0.9]), jnp.float32(1)
+        ("layers/0[a]", "layers/1[a]"), jnp.array([0.8, 0.9]), jnp.float32(1)
     )
-    try:
-        ranks = structured.block_ranks(p, similar)
-    except ValueError as error:  # such names are no blocks
-        assert "similarity" in str(error)
-        return
-    fn = lambda p, x: x @ p["block[0]"]["w"] @ p["block[1]"]["w"]  # noqa: E731
-    structured.lora_init(fn, p, jnp.ones((2, 4)), rank=ranks, key=KEY)
+    ranks = structured.block_ranks(p, similar)
+    factors = structured.lora_init(fn, p, jnp.ones((2, 4)), rank=ranks, key=KEY)
+    assert [f.a.shape[-1] for f in factors.values()] == list(ranks.values())
+    assert len(factors) == 2

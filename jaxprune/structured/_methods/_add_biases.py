@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
 from jaxprune import _tree, tracing
 from jaxprune._tree import PyTree, Where
+from jaxprune.structured._methods._views import with_views
 from jaxprune.tracing import Site
 
 
@@ -70,7 +70,8 @@ def add_biases(
             shape = [n for i, n in enumerate(leaf.shape) if i not in k]
             biases[path] = jnp.zeros(shape, leaf.dtype)
             stacked[path] = len(stack)
-    return _biased(fn, stacked), Biased(params, biases)
+    new_fn = with_views(fn, stacked, contract=_product, dense=_refuse)
+    return new_fn, Biased(params, biases)
 
 
 def _only_site(path: str, trace: tracing.Trace) -> Site:
@@ -97,30 +98,6 @@ def _only_site(path: str, trace: tracing.Trace) -> Site:
             "stack of them that a scan runs over. Leave it out."
         )
     return site
-
-
-def _biased(fn: Callable[..., Any], stacked: dict[str, int]) -> Callable[..., Any]:
-    def new_fn(params: Biased, *args: Any) -> Any:
-        closed, shape = jax.make_jaxpr(fn, return_shape=True)(params.params, *args)
-        paths, leaves, _ = _tree.flatten(params.params)
-        operands = []
-        for path, leaf in zip(paths, leaves, strict=True):
-            if _tree.is_hole(leaf):
-                continue
-            if path in stacked:
-                axes = tuple(range(jnp.ndim(leaf)))
-                value = leaf, params.biases[path]
-                leaf = tracing.View(value, path, axes, stacked[path])
-            operands.append(leaf)
-        outs = tracing.replay(
-            closed,
-            [*operands, *jax.tree.leaves(args)],
-            contract=_product,
-            dense=_refuse,
-        )
-        return jax.tree.unflatten(jax.tree.structure(shape), outs)
-
-    return new_fn
 
 
 def _product(

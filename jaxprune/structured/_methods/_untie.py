@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from jaxprune import _tree, tracing
 from jaxprune._tree import PyTree, Where
+from jaxprune.structured._methods._views import with_views
 
 
 class Untied(NamedTuple):
@@ -75,32 +76,13 @@ def untie(
             _check_tied(path, found)
             is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
             copies[path] = leaf if is_shape else jnp.copy(leaf)
-    new_fn, new = _untied(fn, frozenset(copies)), Untied(params, copies)
+    whole = dict.fromkeys(copies, 0)
+    new_fn = with_views(
+        fn, whole, contract=_product, dense=lambda view, _: _seen(view, 0)
+    )
+    new = Untied(params, copies)
     _check_untied(new_fn, new, args)
     return new_fn, new
-
-
-def _untied(fn: Callable[..., Any], tied: frozenset[str]) -> Callable[..., Any]:
-    def new_fn(params: Untied, *args: Any) -> Any:
-        closed, shape = jax.make_jaxpr(fn, return_shape=True)(params.params, *args)
-        paths, leaves, _ = _tree.flatten(params.params)
-        operands = []
-        for path, leaf in zip(paths, leaves, strict=True):
-            if _tree.is_hole(leaf):
-                continue
-            if path in tied:
-                value = leaf, params.copies[path]
-                leaf = tracing.View(value, path, tuple(range(jnp.ndim(leaf))), 0)
-            operands.append(leaf)
-        outs = tracing.replay(
-            closed,
-            [*operands, *jax.tree.leaves(args)],
-            contract=_product,
-            dense=lambda view, _: _seen(view, 0),
-        )
-        return jax.tree.unflatten(jax.tree.structure(shape), outs)
-
-    return new_fn
 
 
 def _seen(view: tracing.View, which: int) -> Array:
