@@ -103,7 +103,7 @@ def keep(scores: Array, cut: Cut) -> Bool[Array, "..."]:
     """The mask of one leaf: True for the elements that `cut` keeps."""
     scores = scores.astype(_bits.dtype_of(cut.threshold, scores.dtype))
     above, ties = _above_and_ties(scores, cut.threshold)
-    return above | (ties & _before(*_positions(scores.shape), cut.row, cut.column))
+    return above | (ties & _before(*_positions(scores), cut.row, cut.column))
 
 
 def keep_stored(scores: Array, cut: Cut) -> Bool[Array, "..."]:
@@ -398,7 +398,7 @@ def _count(leaves: Sequence[Scored], tests) -> Wide:
 def _count_leaf(leaf: Scored, tests) -> Wide:
     def plainly(*operands):
         x = leaf.score(*operands)
-        masks = [m.astype(jnp.uint32) for m in tests(x, lambda: _positions(x.shape))]
+        masks = [m.astype(jnp.uint32) for m in tests(x, lambda: _positions(x))]
         if x.size <= _SMALL:
             return _wide.total(jnp.stack(masks), x.size, lead=1)
         return _wide.stack([_wide.total(m, m.size) for m in masks])
@@ -420,7 +420,7 @@ def _count_by_folds(score, operands, axis, tests) -> Wide:
 
     def masks(i, *slices):
         x = score(*slices)
-        found = tests(x, lambda: _positions(x.shape, axis, ways, i))
+        found = tests(x, lambda: _positions(x, axis, ways, i))
         return [m.astype(jnp.uint32) for m in found]
 
     def word_of(i, *slices):
@@ -462,14 +462,18 @@ def _rows_columns(shape: Sequence[int]) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
-def _positions(shape, axis=None, ways=1, offset=0) -> tuple[Array, Array]:
-    """Row (over all leading axes) and column of every element, uint32.
+def _positions(x: Array, axis=None, ways=1, offset=0) -> tuple[Array, Array]:
+    """Row (over all leading axes) and column of every element of `x`, uint32.
 
     With `axis`, the elements are the slice at `offset` of that axis split by `ways`.
     """
+    shape = x.shape
+    # Divided as `x` is: on an explicit mesh each device would number all elements.
+    sharding = jax.typeof(x).sharding
+    sharding = None if sharding.mesh.empty else sharding
 
     def index(a):
-        place = lax.broadcasted_iota(jnp.uint32, shape, a)
+        place = lax.broadcasted_iota(jnp.uint32, shape, a, out_sharding=sharding)
         return place * ways + offset if a == axis else place
 
     row = jnp.uint32(0)

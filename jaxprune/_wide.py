@@ -1,5 +1,7 @@
 """Exact counts beyond 2³¹: unsigned integers in two 32-bit words, without x64 mode."""
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -96,23 +98,44 @@ def total(counts: UInt32[Array, "..."], bound: int, *, lead: int = 0) -> Wide:
     """Sums `counts` exactly over all axes behind the first `lead`.
 
     Args:
-      counts: the largest count times the longest axis is below 2**32, and the other
-        axes are shorter than 2**20.
-      bound: a number that no sum can exceed (below 2**44); below 2**32 one plain sum
-        is enough.
+      counts: of axes shorter than 2**20, but for the longest, which is short enough for
+        its sum to stay below 2**32.
+      bound: of each sum, below 2**44: the largest possible count times the number of
+        counts. Below 2**32 one plain sum is enough.
       lead: how many axes stay.
     """
     axes = range(lead, counts.ndim)
     if bound < _WORD:
         return narrow(jnp.sum(counts, tuple(axes), dtype=jnp.uint32))
+    # As much as fits in one sum: on a mesh, what is left of the array moves between devices.
+    share = -(-bound // max(math.prod(counts.shape[a] for a in axes), 1))
+    at_once = _at_once(counts.shape, tuple(axes), share)
+    sums = jnp.sum(counts, at_once, jnp.uint32, keepdims=True)
     low_bits = (1 << _SPLIT) - 1
-    low, high = counts & low_bits, counts >> _SPLIT
-    # From the second axis on, low < 2**12 and an axis < 2**20: no word overflows.
-    for axis in sorted(axes, key=lambda a: -counts.shape[a]):
+    low, high = sums & low_bits, sums >> _SPLIT
+    # From here on, low < 2**12 and an axis < 2**20: no word overflows.
+    for axis in sorted(set(axes) - set(at_once), key=lambda a: -counts.shape[a]):
         low, high = (jnp.sum(x, axis, jnp.uint32, keepdims=True) for x in (low, high))
         low, high = low & low_bits, high + (low >> _SPLIT)
     low, high = (x.reshape(counts.shape[:lead]) for x in (low, high))
     return add(Wide(high >> (32 - _SPLIT), high << _SPLIT), narrow(low))
+
+
+def _at_once(
+    shape: tuple[int, ...], axes: tuple[int, ...], largest: int
+) -> tuple[int, ...]:
+    """The axes whose sum leaves least behind, of those that one word can hold.
+
+    The longest is among them, if there are any: it would overflow behind the others.
+    """
+    longest = max(axes, key=shape.__getitem__, default=0)
+    others = [a for a in axes if a != longest]
+    subsets = itertools.chain.from_iterable(
+        itertools.combinations(others, n) for n in range(len(others) + 1)
+    )
+    sizes = {(longest, *s): math.prod(shape[a] for a in (longest, *s)) for s in subsets}
+    fit = [s for s in sizes if sizes[s] * largest < _WORD]
+    return max(fit, key=sizes.__getitem__, default=())
 
 
 def sums(members: np.ndarray, counts: Wide) -> Wide:

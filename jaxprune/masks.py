@@ -6,6 +6,7 @@ function here takes packed leaves as well.
 """
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -272,7 +273,11 @@ def _to_bits(mask: Bool[Array, "..."], axis: int) -> UInt8[Array, "..."]:
         pads[axis] = (0, -mask.shape[axis] % 8)
         mask = jnp.pad(mask, pads)
     groups = _select.split_axis(mask, axis).astype(jnp.uint8)
-    return jnp.sum(groups << _places(mask.ndim, axis), axis + 1, dtype=jnp.uint8)
+    if axis == mask.ndim - 1:
+        return jnp.sum(groups << _places(mask.ndim, axis), axis + 1, dtype=jnp.uint8)
+    # Not a sum: XLA would store its operand for TPU, a byte a weight.
+    bits = (lax.index_in_dim(groups, j, axis + 1, False) << j for j in range(8))
+    return functools.reduce(jnp.bitwise_or, bits)
 
 
 def _places(ndim: int, axis: int) -> UInt8[Array, "8 ..."]:

@@ -103,6 +103,11 @@ def test_total_keeps_leading_axes(bound):
     assert _ints(_wide.total(counts, bound, lead=1)) == expected
 
 
+def test_total_of_a_large_leaf_leaves_one_short_axis_behind():
+    assert _wide._at_once((80, 8192, 28672), (0, 1, 2), 1) == (2, 1)
+    assert _wide._at_once((2, 80, 1024, 28672), (1, 2, 3), 32) == (3, 2)
+
+
 def test_total_beyond_one_word():
     counts = jnp.full((2048, 512), 4095 * 16, jnp.uint32)  # 6.9e10
     assert int(_wide.total(counts, 2**40)) == 4095 * 16 * 2048 * 512

@@ -150,7 +150,8 @@ def masked(
         return step(updates, state, params, extra)
 
     def step_masked(updates, state, params, extra):
-        old = state.method.masks
+        updates, old, params = _after(updates, state.method.masks, params)
+        state = dataclasses.replace(state, method=state.method._replace(masks=old))
         chosen, grads = _only_masked(params, old), _only_masked(updates, old)
         method_state = method.update(grads, state.method, chosen)
         grads = _merge(updates, method.gradients(grads, method_state, chosen))
@@ -314,6 +315,32 @@ def _emit(
         return jnp.where(aim == new, u.astype(wide), step)
 
     return _map_masks(projected, state.masks, updates, params, moved, target)
+
+
+def _after(
+    updates: PyTree, found: PyTree, params: PyTree
+) -> tuple[PyTree, PyTree, PyTree]:
+    """The same trees; of each leaf nothing is there before its gradient.
+
+    XLA would otherwise unpack masks, decide new ones and copy weights to another layout
+    before the backward pass, while activations fill the memory.
+    """
+    _, leaves, treedef = _tree.flatten(updates)
+    holed, mask_tree = jax.tree.flatten(found, is_leaf=_is_leaf)
+    _, weights, weight_tree = _tree.flatten(params)
+    columns = zip(leaves, holed, weights, strict=True)
+    grads, holed, weights = zip(
+        *(
+            xs if any(map(_tree.is_hole, xs)) else lax.optimization_barrier(xs)
+            for xs in columns
+        ),
+        strict=True,
+    )
+    return (
+        treedef.unflatten(grads),
+        mask_tree.unflatten(holed),
+        weight_tree.unflatten(weights),
+    )
 
 
 def _moved(params: PyTree, updates: PyTree) -> PyTree:
