@@ -235,7 +235,7 @@ class NM:
         # The rank of a weight is the number of others that beat it: ties go to the
         # lower index and NaN loses. Elementwise, so that it fuses; no sort.
         x = _bits.ordered(grouped)
-        place = lax.broadcasted_iota(jnp.int32, x.shape, axis + 1)
+        place = jnp.arange(self.m).reshape(self.m, *(1,) * (x.ndim - axis - 2))
         rank = jnp.zeros_like(x, jnp.uint8 if self.m < 256 else jnp.int32)
         for j in range(self.m):
             other = lax.slice_in_dim(x, j, j + 1, axis=axis + 1)
@@ -404,7 +404,7 @@ def _merge(x: Array, axis: int) -> Array:
 
 def _ranks(members: Sequence[Array]) -> list[Array]:
     """How many of the others beat each one; ties go to the earlier."""
-    ranks = [jnp.zeros(x.shape, jnp.uint8) for x in members]
+    ranks = [jnp.zeros_like(x, jnp.uint8) for x in members]
     for j, later in enumerate(members):
         for i, earlier in enumerate(members[:j]):
             wins = earlier >= later

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend import core
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -148,6 +149,32 @@ def test_a_mesh_gives_the_masks_of_one_device(name, kind):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
         updates, plain_updates,
     )  # fmt: skip
+
+
+def _avals(jaxpr):
+    """Types of all that a program computes, in its branches and loops too."""
+    for eqn in jaxpr.eqns:
+        yield from (v.aval for v in eqn.outvars)
+        for inner in jax.tree.leaves(eqn.params, is_leaf=_is_program):
+            if _is_program(inner):
+                yield from _avals(getattr(inner, "jaxpr", inner))
+
+
+def _is_program(x):
+    return isinstance(x, core.Jaxpr | core.ClosedJaxpr)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in METHODS])
+def test_nothing_as_large_as_a_leaf_lies_whole_on_each_device(name):
+    params = place(make_params(LAYOUT), LAYOUT, AxisType.Explicit)
+    tx = jp.masked(optax.adam(0.1), METHODS[name])
+    state = jax.eval_shape(tx.init, params)
+    program = jax.make_jaxpr(functools.partial(step, tx))(params, state)
+    leaf = math.prod(LAYOUT["stack"][0])
+    large = [x for x in _avals(program.jaxpr) if x.size >= leaf]
+    assert large
+    for x in large:
+        assert any(s is not None for s in x.sharding.spec), x
 
 
 @pytest.mark.parametrize("kind", MESHES)
