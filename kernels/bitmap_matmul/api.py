@@ -58,7 +58,7 @@ def bitmap_matmul(
             "jaxprune.formats.pack(w, mask, jaxprune.Unstructured())."
         )
     k, n = packed.layout.matrix
-    stack = packed.values.shape[:-1]
+    stack = packed.shape[: -len(packed.layout.shape)]
     _calls.check_shape(x, stack, (k, n))
     dtype = jnp.result_type(x, packed.values)
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -72,26 +72,30 @@ def bitmap_matmul(
             "blocks: see jaxprune.kernels.block_sparse_matmul."
         )
 
-    def products(x, packed):
-        stack = packed.values.shape[:-1]
-        product = _calls.over_stack(functools.partial(_product, precision), stack)
-        rows = x.astype(dtype).reshape(*stack, -1, k)
-        return product(rows, packed).reshape(*x.shape[:-1], n)
-
-    return _calls.on_mesh(products, x, packed)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(precision: lax.PrecisionLike, x: Array, packed: BitmapArray) -> Array:
-    return xla.matmul(x, packed, precision=precision)
+    # What devices have of a sum is added up before it is rounded.
+    parts = packed.layout.parts
+    wide = jnp.promote_types(dtype, jnp.float32) if parts and parts[0] > 1 else dtype
+    return _calls.multiply(
+        functools.partial(_product, precision, wide),
+        x.astype(dtype),
+        packed,
+        finish=lambda y, bias: y.astype(dtype),
+    )
 
 
-def _forward(precision, x, packed):
-    return _product(precision, x, packed), (x, packed)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(precision: lax.PrecisionLike, dtype, x: Array, packed: BitmapArray):
+    return xla.matmul(x, packed, precision=precision, dtype=dtype)
 
 
-def _backward(precision, kept, dy):
+def _forward(precision, dtype, x, packed):
+    return _product(precision, dtype, x, packed), (x, packed)
+
+
+def _backward(precision, dtype, kept, dy):
+    del dtype
     x, packed = kept
+    dy = dy.astype(x.dtype)
     dx = xla.matmul_transposed(dy, packed, precision=precision)
     if jnp.issubdtype(packed.dtype, jnp.floating):
         dvalues = xla.products(x, dy, packed, precision=precision)
