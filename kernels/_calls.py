@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import core, lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -242,6 +242,9 @@ def on_mesh(
     )
 
     def put(x, spec):
+        home = next((y.sharding.mesh for y in leaves if _is_there(y)), None)
+        if home and not isinstance(x, core.Tracer):
+            return jax.device_put(x, jax.sharding.NamedSharding(home, spec))
         return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, spec))
 
     operands = tuple(
@@ -250,7 +253,9 @@ def on_mesh(
     )
 
     def reduce(y):
-        names = tuple(a for a in _names(k) if a in jax.typeof(y).manual_axis_type.varying)
+        names = tuple(
+            a for a in _names(k) if a in jax.typeof(y).manual_axis_type.varying
+        )
         return lax.psum(y, names) if names else y
 
     def local(x, weights, bias):
@@ -263,6 +268,12 @@ def on_mesh(
         out_specs=PartitionSpec(*leading, *rows[stack:-1], n),
         axis_names=set(mesh.explicit_axes),
     )(*operands)
+
+
+def _is_there(x: Array) -> bool:
+    """Whether an array lies on the devices of an explicit mesh."""
+    traced = isinstance(x, core.Tracer)
+    return not traced and bool(jax.typeof(x).sharding.mesh.explicit_axes)
 
 
 def placed_as(x: Array, like: Array) -> Array:
@@ -310,6 +321,12 @@ def varying(*operands: Any) -> Any:
     return jax.tree.map(cast, operands)
 
 
+def struct(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
+    """What a kernel gives that varies over the same axes of a mesh as `like` does."""
+    kind = jax.typeof(like).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+
+
 def zeros(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
     """Zeros that vary over the same axes of a mesh as `like` does."""
     return varying(jnp.zeros(shape, dtype), like)[0]
@@ -318,13 +335,32 @@ def zeros(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
 def choose(
     backend: str | None, reasons: dict[str, str], by: dict[str, Callable], *operands
 ) -> Any:
-    """Calls what `backend` names, or what suits the platform and has no reason against it."""
+    """Calls what `backend` names, or what suits the platform and has no reason against it.
+
+    On axes of a mesh that XLA looks after this is `"xla"`: it does not know how to divide
+    a kernel, and JAX refuses one there.
+    """
     if backend:
         return by[backend](*operands)
+    if on_auto_axes(*operands):
+        return by["xla"](*operands)
     branches = {_PLATFORMS[b]: by[b] for b in _PLATFORMS if not reasons.get(b, "-")}
     if not branches:
         return by["xla"](*operands)
-    return lax.platform_dependent(*operands, **branches, default=by["xla"])
+
+    def alike(branch):
+        # A kernel of GPUs gives what is said to vary over no axes of a mesh.
+        return lambda *operands: varying(branch(*operands), *operands)[0]
+
+    branches = {name: alike(branch) for name, branch in branches.items()}
+    return lax.platform_dependent(*operands, **branches, default=alike(by["xla"]))
+
+
+def on_auto_axes(*operands: Any) -> bool:
+    """Whether XLA divides the operation among devices, as far as that can be known."""
+    meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(operands)]
+    meshes.append(jax.sharding.get_abstract_mesh())
+    return any(m.shape[name] > 1 for m in meshes for name in m.auto_axes)
 
 
 def no_gradient(x: Array) -> np.ndarray:

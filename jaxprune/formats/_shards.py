@@ -39,7 +39,9 @@ class Place(NamedTuple):
     def local(self, layout: Layout) -> Layout:
         """The layout of a shard."""
         shape = list(layout.shape)
-        for axes, count in zip((layout.axes, layout.out_axes), self.counts, strict=True):
+        for axes, count in zip(
+            (layout.axes, layout.out_axes), self.counts, strict=True
+        ):
             shape[axes[0]] //= count
         parts = layout.parts and tuple(
             p // c for p, c in zip(layout.parts, self.counts, strict=True)
@@ -112,7 +114,9 @@ def of_packed(packed: Any) -> Place | None:
     layout: Layout = packed.layout
     batch = len(packed.shape) - len(layout.shape)
     leading = batch + (2 if layout.parts else 0)
-    found = [_sharding(x) for x in jax.tree.leaves(packed)]
+    found = [_sharding(x) for x in jax.tree.leaves(packed) if not _is_unknown(x)]
+    if not found:
+        return None
     if None in found or len({x[1][:leading] for x in found if x}) > 1:
         return None
     mesh, spec, names = next(x for x in found if x)
@@ -164,6 +168,11 @@ def _sharding(x: Any) -> tuple[Any, tuple, frozenset] | None:
     if not any(spec) or not names:
         return None
     return mesh, spec, names
+
+
+def _is_unknown(x: Any) -> bool:
+    """Whether it is not known how an array is sharded: one that is traced, by its type."""
+    return isinstance(x, core.Tracer) and not jax.typeof(x).sharding.mesh.explicit_axes
 
 
 def _size(mesh: Any, names: Any) -> int:

@@ -153,11 +153,8 @@ def _multiply(options: _Options, x: Array, w: Array, mask: Array, transpose: boo
         y = tpu.matmul(x, w, bits, interpret=options.interpret, **rest)
         return y.astype(jnp.float32 if options.wide else x.dtype)
 
-    if options.backend == "xla":
-        return by_xla(x, w, mask)
-    if options.backend == "tpu":
-        return by_tpu(x, w, mask)
-    return lax.platform_dependent(x, w, mask, tpu=by_tpu, default=by_xla)
+    by = {"tpu": by_tpu, "xla": by_xla}
+    return _calls.choose(options.backend, {"tpu": ""}, by, x, w, mask)
 
 
 def _as_bool(mask: Array, w: Array) -> Array:

@@ -126,9 +126,7 @@ def nm_matmul(
     def finished(y, bias):
         return _calls.finished(y, bias, activation, dtype) if wide else y
 
-    return _calls.multiply(
-        product, x.astype(dtype), packed, bias=bias, finish=finished
-    )
+    return _calls.multiply(product, x.astype(dtype), packed, bias=bias, finish=finished)
 
 
 def _why_not_tpu(packed: NMArray, dtype) -> str:
