@@ -32,6 +32,11 @@ def bitmap_matmul(
     The gradient with respect to `packed.values` exists where weights are kept; the
     pattern has none. A new pattern of the same capacity is the same program.
 
+    On a mesh with explicit axes each device multiplies its own parts of a matrix that
+    was packed sharded. What K was sharded over is summed in float32; x may be whole
+    along K, or sharded in the same way. A matrix on axes of the mesh that rows of x
+    take up is gathered, packed. On auto axes XLA divides the work, by its own path.
+
     Args:
       x: for stacked matrices with their leading axes in front, `[stack, ..., K]`.
       packed: what `jaxprune.formats.pack` gave for `[K, N]` or `[stack, K, N]`. Integers

@@ -42,6 +42,11 @@ def masked_matmul(
     decides what is copied. Sums are float32, and the gradient of `w` is 0 where the mask
     is.
 
+    On a mesh with explicit axes each device multiplies its own shard, with a mask that lies
+    as `w` does. What K is sharded over is summed in float32; x may be whole along K, or
+    sharded in the same way. A matrix on axes of the mesh that rows of x take up is gathered.
+    On auto axes XLA divides the work, by its own path.
+
     Args:
       x: for stacked matrices with their leading axes in front, `[stack, ..., K]`.
       w: `[K, N]`, or a stack of such matrices.

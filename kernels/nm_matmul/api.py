@@ -51,6 +51,12 @@ def nm_matmul(
     Sums are float32. The gradient with respect to `packed.values` exists for what is kept;
     the pattern and integers have none.
 
+    On a mesh with explicit axes each device multiplies its own parts of a matrix that was
+    packed sharded. What K was sharded over is summed in float32, before bias and
+    activation; x may be whole along K, or sharded in the same way. A matrix on axes of the
+    mesh that rows of x take up is gathered, packed. On auto axes XLA divides the work, by
+    its own path.
+
     Args:
       x: for stacked matrices with their leading axes in front, `[stack, ..., K]`.
       packed: what `jaxprune.formats.pack` gave for the matrix `[K, N]`, `[stack, K, N]`,
