@@ -66,6 +66,13 @@ def ragged(
     precision: lax.PrecisionLike,
 ) -> Float[Array, "T N"]:
     """Products of rows that are sorted by the matrix they belong to; 0 after the last."""
+    if sharded(x) or sharded(w):
+        raise ValueError(
+            f"group_sizes: x is {jax.typeof(x)} and the matrices are {jax.typeof(w)}, on a "
+            "mesh with explicit axes, where jax.lax.ragged_dot takes nothing that is "
+            "sharded; expected both whole. Give x as [experts, rows, K] instead, or take "
+            "the products of each device's experts in jax.shard_map."
+        )
     y = lax.ragged_dot(
         x, w.astype(x.dtype), group_sizes,
         precision=precision, preferred_element_type=jnp.float32,

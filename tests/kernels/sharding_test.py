@@ -155,3 +155,10 @@ def test_stacks_that_do_not_fit():
     x = place(AxisType.Explicit, make("nm_matmul", True)[2], P("data"))
     with pytest.raises(ValueError, match="stack of matrices is sharded as"):
         jp.kernels.nm_matmul(x, packed)
+
+
+def test_ragged_products_are_refused():
+    packed = operands("nm_matmul", "experts", AxisType.Explicit)[1]
+    x = place(AxisType.Explicit, jnp.ones((M, K)), P())
+    with pytest.raises(ValueError, match="group_sizes: x is float32.*jax.shard_map"):
+        jp.kernels.nm_matmul(x, packed, group_sizes=jnp.full(4, 4))
