@@ -83,8 +83,11 @@ def pack_matrices(
     kept = _blocks(mask, size).any((-2, -1))  # [..., blocks]
     values = _blocks(jnp.where(mask, w, jnp.zeros_like(w)), size)
     grid = -(-k // size[0]), -(-n // size[1])
-    fields = _vectorized(w.ndim - 2, _gather, grid, capacity)(values, kept)
-    return BlockSparseArray(*fields, _layout.of((k, n), (0,), (1,)))
+    found = _vectorized(w.ndim - 2, _gather, grid, capacity)(values, kept)
+    chosen, rows, columns, by_row = found
+    return BlockSparseArray(
+        chosen, rows, columns, by_row, _layout.of((k, n), (0,), (1,))
+    )
 
 
 def matrices(packed: BlockSparseArray) -> Float[Array, "... K N"]:

@@ -118,7 +118,8 @@ def pack_matrices(
     """The weights that `mask` keeps."""
     n, m, stride = structure.n, structure.m, structure.stride
     coding: Coding = "places" if n * _width(m) < m else "bitmap"
-    if _nm_words.fits(n, m, w.dtype.itemsize, w.shape[-2:]):
+    k, cols = w.shape[-2:]
+    if _nm_words.fits(n, m, w.dtype.itemsize, (k, cols)):
         coding = "words"
     return _pack(w, mask, n, m, stride, coding)
 
