@@ -15,6 +15,7 @@ from jaxprune import masks as mask_trees
 from jaxprune._tree import PyTree
 from jaxprune.acceleration import _choose, _cost, _packing, _sites, _timing
 from jaxprune.acceleration._report import Choice, Report
+from jaxprune.formats import _shards
 
 
 def accelerate(
@@ -40,7 +41,8 @@ def accelerate(
     Whole blocks are packed. A pruned weight in a block that is kept is a 0 there, which
     training would move: `jaxprune.formats.value_masks` says which they are. Forward-mode
     derivatives (`jax.jvp`) do not go through a packed product. On a mesh, rows of x may be
-    sharded and packed leaves are whole on every device.
+    sharded, and a leaf that is sharded is packed in parts, a shard each
+    (`jaxprune.formats.pack`).
 
     Args:
       fn: `fn(params, *args)`, pure, of arrays.
@@ -83,10 +85,7 @@ def accelerate(
     aim = _choose.aim(prefer, slowdown, kind, measure)
     paths, leaves, treedef = _tree.flatten(params, is_leaf=_sites.is_packed)
     plain = treedef.unflatten(
-        [
-            jax.ShapeDtypeStruct(x.shape, x.dtype) if _sites.is_packed(x) else x
-            for x in leaves
-        ]
+        [_shards.leaf_struct(x) if _sites.is_packed(x) else x for x in leaves]
     )
     wanted = _masks(plain, masks)
     held = {p: x for p, x in zip(paths, leaves, strict=True) if _sites.is_packed(x)}

@@ -52,7 +52,6 @@ class Packing:
         return _shapes(self, tuple(leaf.shape), np.dtype(leaf.dtype))
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _packed(packing: Packing, leaf: Array, mask: Array) -> Packed:
     structure, capacity = packing.structure, packing.capacity
     k_axes, n_axes = packing.axes
@@ -66,6 +65,7 @@ def _packed(packing: Packing, leaf: Array, mask: Array) -> Packed:
         packed = pack(w, mask, structure)
     else:
         packed = pack(w, mask, structure, capacity=capacity)
+    layout = dataclasses.replace(layout, parts=packed.layout.parts)
     return dataclasses.replace(packed, layout=layout)
 
 

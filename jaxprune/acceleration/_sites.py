@@ -14,7 +14,7 @@ from jaxtyping import Array
 from jaxprune import _tree
 from jaxprune._tree import PyTree
 from jaxprune.acceleration import _packing, _products
-from jaxprune.formats import BitmapArray, BlockSparseArray, NMArray, unpack
+from jaxprune.formats import BitmapArray, BlockSparseArray, NMArray, _shards, unpack
 from jaxprune.tracing import View, replay
 
 
@@ -123,7 +123,7 @@ def call(
                 "with jaxprune.formats.with_values(packed, values)."
             )
     plain = treedef.unflatten(
-        [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_packed(x) else x for x in leaves]
+        [_shards.leaf_struct(x) if is_packed(x) else x for x in leaves]
     )
     closed, out = jax.make_jaxpr(fn, return_shape=True)(plain, *args, **kwargs)
     operands = [

@@ -4,11 +4,10 @@ The tiles within tiles follow SpInfer (Fan et al., EuroSys 2025), in other sizes
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
-from jax import core, lax
+from jax import lax
 from jaxtyping import Array, Bool, Int32, Shaped, UInt32
 
 from jaxprune.formats import _layout
@@ -28,7 +27,7 @@ class BitmapArray:
     bits of earlier columns, plus the lower bits of its word. There is one capacity for
     the matrix, so that no tile is padded, and another mask that keeps no more weights is
     the same program. Leading axes (experts, layers of a scan) are leading axes of every
-    field.
+    field, and parts of a matrix that is sharded come after them (`Layout.parts`).
 
     Attributes:
       bits: bit `j` of word `[i, n]` is the weight in row `32 i + j` and column `n`.
@@ -48,13 +47,13 @@ class BitmapArray:
 
     @property
     def capacity(self) -> int:
-        """Weights that there is room for."""
+        """Weights that there is room for, in each part of a matrix that is divided."""
         return self.values.shape[-1]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the leaf that `unpack` gives."""
-        return (*self.values.shape[:-1], *self.layout.shape)
+        return (*self.layout.stack(self.values.shape[:-1]), *self.layout.shape)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -67,28 +66,19 @@ class BitmapArray:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
 
-def pack_bitmap(
-    w: Shaped[Array, "... K N"], mask: Bool[Array, "... K N"], capacity: int | None
+def kept(mask: Bool[Array, "... K N"]) -> Int32[Array, "..."]:
+    """How many weights a matrix keeps."""
+    return mask.sum((-2, -1), dtype=jnp.int32)
+
+
+def pack_matrices(
+    w: Shaped[Array, "... K N"], mask: Bool[Array, "... K N"], capacity: int
 ) -> BitmapArray:
     """The weights of `w` that `mask` keeps."""
-    if w.ndim < 2:
-        raise ValueError(
-            f"w: its shape is {w.shape}; expected two or more axes, [..., K, N]. Reshape it "
-            "to a matrix."
-        )
-    layout = _layout.of(w.shape, (w.ndim - 2,), (w.ndim - 1,))
-    if capacity is None:
-        capacity = _most(mask)
-    elif not isinstance(mask, core.Tracer) and (most := _most(mask)) > capacity:
-        raise ValueError(
-            f"capacity: got {capacity}, but the mask keeps {most} weights; expected at "
-            "least as many. Leave capacity= out, or prune more."
-        )
     bits, values, starts = _fields(w, mask, capacity)
-    return BitmapArray(bits, values, starts, layout)
+    return BitmapArray(bits, values, starts, _layout.of(w.shape[-2:], (0,), (1,)))
 
 
-@functools.partial(jax.jit, static_argnums=2)
 def _fields(w: Array, mask: Array, capacity: int) -> tuple[Array, Array, Array]:
     kept = _by_word(mask)
     bits = (kept.astype(jnp.uint32) << _places_in_word()[:, 0]).sum(-1, jnp.uint32)
@@ -107,16 +97,15 @@ def _fields(w: Array, mask: Array, capacity: int) -> tuple[Array, Array, Array]:
     return bits, jnp.vectorize(gather, signature="(m),(m)->(c)")(*flat), starts
 
 
-@jax.jit
-def unpack_bitmap(packed: BitmapArray) -> Shaped[Array, "..."]:
-    """The leaf, with zeros where nothing is kept."""
+def matrices(packed: BitmapArray) -> Shaped[Array, "... K N"]:
+    """The matrices, with zeros where nothing is kept."""
     kept, index = places(packed.bits, packed.starts)
     take = jnp.vectorize(
         lambda values, index: values.at[index].get(mode="clip"),
         signature="(c),(k,n)->(k,n)",
     )
     matrix = jnp.where(kept, take(packed.values, index), jnp.zeros((), packed.dtype))
-    return packed.layout.leaf(matrix[..., : packed.layout.matrix[0], :])
+    return matrix[..., : packed.layout.matrix[0], :]
 
 
 def places(
@@ -154,16 +143,6 @@ def _by_tile(words: Array) -> Array:
 
 def _places_in_word() -> UInt32[Array, "32 1"]:
     return jnp.arange(WORD, dtype=jnp.uint32)[:, None]
-
-
-def _most(mask: Bool[Array, "... K N"]) -> int:
-    """The largest number of weights that any matrix of the stack keeps, at least 1."""
-    if isinstance(mask, core.Tracer):
-        raise ValueError(
-            "capacity: got None under jax.jit, where the number of weights is not known; "
-            "expected an int, the most weights that a mask may keep."
-        )
-    return max(1, int(mask.sum((-2, -1)).max(initial=0)))
 
 
 def _alarm(dtype) -> Array:

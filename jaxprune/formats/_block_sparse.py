@@ -1,15 +1,12 @@
 """Block-sparse matrices: the blocks that are kept, and where each of them stands."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
-from jax import core
 from jaxtyping import Array, Bool, Float, Int32
 
 from jaxprune.formats import _layout
-from jaxprune.structures import Block
 
 
 @jax.tree_util.register_dataclass
@@ -20,7 +17,8 @@ class BlockSparseArray:
     The places are arrays like the values, and there are as many as `capacity`: another
     mask with no more blocks is the same program. Places that are not taken stand at the
     end, with values of 0 and a row and column one past the last. Leading axes (experts,
-    layers of a scan) are leading axes of every field.
+    layers of a scan) are leading axes of every field, and parts of a matrix that is sharded
+    come after them (`Layout.parts`), with places of their own.
 
     Attributes:
       values: the blocks, column by column, and in a column from the first row down.
@@ -44,19 +42,19 @@ class BlockSparseArray:
 
     @property
     def capacity(self) -> int:
-        """Blocks that there is room for."""
+        """Blocks that there is room for, in each part of a matrix that is divided."""
         return self.values.shape[-3]
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Blocks along K and N, the last of them padded where a block does not divide."""
-        (k, n), (rows, cols) = self.layout.matrix, self.block
+        """Blocks of a part along K and N, the last padded where a block does not divide."""
+        (k, n), (rows, cols) = self.layout.part, self.block
         return -(-k // rows), -(-n // cols)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the leaf that `unpack` gives."""
-        return (*self.values.shape[:-3], *self.layout.shape)
+        return (*self.layout.stack(self.values.shape[:-3]), *self.layout.shape)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -69,42 +67,31 @@ class BlockSparseArray:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
 
-def pack_blocks(
-    w: Float[Array, "..."],
-    mask: Bool[Array, "..."],
-    block: Block,
-    capacity: int | None,
+def kept(mask: Bool[Array, "... K N"], size: tuple[int, int]) -> Int32[Array, "..."]:
+    """How many blocks a matrix keeps."""
+    return _blocks(mask, size).any((-2, -1)).sum(-1, dtype=jnp.int32)
+
+
+def pack_matrices(
+    w: Float[Array, "... K N"],
+    mask: Bool[Array, "... K N"],
+    size: tuple[int, int],
+    capacity: int,
 ) -> BlockSparseArray:
     """The blocks of `w` that hold a weight kept by `mask`."""
-    layout = _layout.of(w.shape, *block.matrix_axes("w", w.shape))
-    size = (block.rows, block.cols)
-    kept = _kept(mask, layout, size)  # [..., blocks]
-    if capacity is None:
-        capacity = _most(kept)
-    elif not isinstance(kept, core.Tracer) and (most := _most(kept)) > capacity:
-        raise ValueError(
-            f"capacity: got {capacity}, but the mask keeps {most} blocks; expected at least "
-            "as many. Leave capacity= out, or prune more."
-        )
-    values, rows, columns, by_row = _fields(w, mask, kept, layout, size, capacity)
-    return BlockSparseArray(values, rows, columns, by_row, layout)
+    *_, k, n = w.shape
+    kept = _blocks(mask, size).any((-2, -1))  # [..., blocks]
+    values = _blocks(jnp.where(mask, w, jnp.zeros_like(w)), size)
+    grid = -(-k // size[0]), -(-n // size[1])
+    found = _vectorized(w.ndim - 2, _gather, grid, capacity)(values, kept)
+    chosen, rows, columns, by_row = found
+    return BlockSparseArray(
+        chosen, rows, columns, by_row, _layout.of((k, n), (0,), (1,))
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _kept(mask, layout, size) -> Bool[Array, "... blocks"]:
-    return _blocks(layout, mask, size).any((-2, -1))
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _fields(w, mask, kept, layout, size, capacity):
-    values = _blocks(layout, jnp.where(mask, w, jnp.zeros_like(w)), size)
-    grid = tuple(-(-n // b) for n, b in zip(layout.matrix, size, strict=True))
-    return _vectorized(values.ndim - 3, _gather, grid, capacity)(values, kept)
-
-
-@jax.jit
-def unpack_blocks(packed: BlockSparseArray) -> Float[Array, "..."]:
-    """The leaf, with zeros where no block is."""
+def matrices(packed: BlockSparseArray) -> Float[Array, "... K N"]:
+    """The matrices, with zeros where no block is."""
     scatter = _vectorized(packed.values.ndim - 3, _scatter, packed.grid)
     values = scatter(packed.values, packed.rows, packed.columns)
     rows, cols = packed.block
@@ -114,12 +101,11 @@ def unpack_blocks(packed: BlockSparseArray) -> Float[Array, "..."]:
     matrix = jnp.moveaxis(values, -4, -2)
     matrix = matrix.reshape(*batch, k_blocks * rows, n_blocks * cols)
     k, n = packed.layout.matrix
-    return packed.layout.leaf(matrix[..., :k, :n])
+    return matrix[..., :k, :n]
 
 
-def _blocks(layout: _layout.Layout, leaf: Array, size: tuple[int, int]) -> Array:
+def _blocks(matrix: Array, size: tuple[int, int]) -> Array:
     """`[..., blocks, rows, cols]`, column by column."""
-    matrix = layout.to_matrix(leaf)
     *batch, k, n = matrix.shape
     rows, cols = size
     pads = [(0, 0)] * len(batch) + [(0, -k % rows), (0, -n % cols)]
@@ -128,16 +114,6 @@ def _blocks(layout: _layout.Layout, leaf: Array, size: tuple[int, int]) -> Array
     # [..., K blocks, rows, N blocks, cols] -> [..., N blocks, K blocks, rows, cols]
     split = jnp.moveaxis(split, -2, -4)
     return split.reshape(*batch, -1, rows, cols)
-
-
-def _most(kept: Bool[Array, "... blocks"]) -> int:
-    """The largest number of blocks that any matrix of the stack keeps, at least 1."""
-    if isinstance(kept, core.Tracer):
-        raise ValueError(
-            "capacity: got None under jax.jit, where the number of blocks is not known; "
-            "expected an int, the most blocks that a mask may keep."
-        )
-    return max(1, int(kept.sum(-1).max(initial=0)))
 
 
 def _gather(grid, capacity, values, kept):

@@ -1,13 +1,12 @@
 """N:M sparse matrices: the N weights kept of every M, and their places in a few bits."""
 
 import dataclasses
-import functools
 from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import core, lax
+from jax import lax
 from jaxtyping import Array, Bool, Int, Shaped, UInt, UInt8
 
 from jaxprune.formats import _layout, _nm_words
@@ -24,7 +23,8 @@ class NMArray:
     A group of 2:4 takes 3 bits beside its values if these have 16 bits (8.75 bits a weight
     instead of 16), and otherwise 4; a group of `n`:`m` takes `n * ceil(log2(m))` bits or
     `m`, whichever is less. A group that keeps fewer than `n` holds zeros. Leading axes
-    (experts, layers of a scan) are leading axes of both fields.
+    (experts, layers of a scan) are leading axes of both fields, and parts of a matrix that
+    is sharded come after them (`Layout.parts`).
 
     Attributes:
       values: `n` rows for each group of a column; the last groups may be padding. In the
@@ -55,7 +55,7 @@ class NMArray:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the leaf that `unpack` gives."""
-        return (*self.codes.shape[:-2], *self.layout.shape)
+        return (*self.layout.stack(self.codes.shape[:-2]), *self.layout.shape)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -70,7 +70,7 @@ class NMArray:
     @property
     def tiles(self) -> _nm_words.Tiles:
         """How rows are shared out among words, if this is the coding."""
-        groups = _groups(self.layout.matrix[0], self.m, self.stride)
+        groups = _groups(self.layout.part[0], self.m, self.stride)
         return _nm_words.tiles(self.n, self.m, groups)
 
     def places(self) -> Int[Array, "... groups n N"]:
@@ -88,11 +88,13 @@ class NMArray:
 
     def dense(self) -> Shaped[Array, "... K N"]:
         """The matrix, with its zeros."""
-        return _dense(self)
+        layout = self.layout
+        return layout.join(_dense(dataclasses.replace(self, layout=layout.of_part)))
 
     def pick(self, matrix: Shaped[Array, "... K N"]) -> Shaped[Array, "... kept N"]:
         """What a matrix of this shape has where the values stand."""
         groups = self.values.shape[-2] // self.n
+        matrix = self.layout.split(matrix)
         weights = _grouped(_as_bits(matrix), self.m, self.stride, groups)
         values = _pick(weights, self.places())
         values = values.reshape(*self.codes.shape[:-2], groups * self.n, -1)
@@ -101,32 +103,29 @@ class NMArray:
         return lax.bitcast_convert_type(values, matrix.dtype)
 
 
-def pack_nm(
-    w: Shaped[Array, "..."], mask: Bool[Array, "..."], structure: NM
+def kept(mask: Bool[Array, "... K N"], structure: NM) -> Int[Array, "..."]:
+    """The most weights that a group of each matrix keeps."""
+    m, stride = structure.m, structure.stride
+    groups = _grouped(mask, m, stride, _groups(mask.shape[-2], m, stride))
+    return jnp.max(jnp.sum(groups, -2), (-2, -1), initial=0)
+
+
+def pack_matrices(
+    w: Shaped[Array, "... K N"],
+    mask: Bool[Array, "... K N"],
+    structure: NM,
 ) -> NMArray:
-    """The weights that `mask` keeps, up to `n` of every `m`."""
-    if not any(jnp.issubdtype(w.dtype, t) for t in (jnp.floating, jnp.integer)):
-        raise TypeError(
-            f"w: its type is {w.dtype}; expected floating-point numbers or integers."
-        )
-    layout = _layout.of(w.shape, *structure.matrix_axes("w", w.shape))
-    n, m, stride = (int(x) for x in (structure.n, structure.m, structure.stride))
+    """The weights that `mask` keeps."""
+    n, m, stride = structure.n, structure.m, structure.stride
     coding: Coding = "places" if n * _width(m) < m else "bitmap"
-    if _nm_words.fits(n, m, w.dtype.itemsize, layout.matrix):
+    k, cols = w.shape[-2:]
+    if _nm_words.fits(n, m, w.dtype.itemsize, (k, cols)):
         coding = "words"
-    w, mask = layout.to_matrix(w), layout.to_matrix(mask)
-    packed, most = _pack(w, mask, n, m, stride, coding)
-    if not isinstance(most, core.Tracer) and most > n:
-        raise ValueError(
-            f"mask: it keeps {most} weights of a group of {m}; expected at most {n}, as "
-            f"{structure} says. Make the mask with this structure."
-        )
-    return dataclasses.replace(packed, layout=layout)
+    return _pack(w, mask, n, m, stride, coding)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _packed(w, mask, n, m, stride, coding):
-    """A packed matrix, and the most weights that one of its groups keeps."""
+    """The packed matrices; NaN, if a group of one keeps more than `n`."""
     *batch, rows, cols = w.shape
     groups = _groups(rows, m, stride)
     tiles = _nm_words.tiles(n, m, groups) if coding == "words" else None
@@ -147,29 +146,31 @@ def _packed(w, mask, n, m, stride, coding):
     values = _pick(weights, places).reshape(*batch, groups * n, cols)
     if coding == "words":
         values = _nm_words.by_lanes(values)
-    most = jnp.max(jnp.sum(kept, -2), initial=0)
     if jnp.issubdtype(w.dtype, jnp.floating):
         # More weights than there is room for must not go unnoticed, and jit cannot raise.
-        # Of bits, since XLA may choose between small floats as float32, which mends NaN.
+        # Of bits and in a branch, since XLA may choose between small floats as float32,
+        # which mends NaN.
         nan = _as_bits(jnp.asarray(jnp.nan, w.dtype))
+        lost = jnp.max(jnp.sum(kept, -2), (-2, -1), initial=0) > n  # [...]
+        over = jnp.expand_dims(lost, range(lost.ndim - values.ndim, 0))
         values = lax.cond(
-            most > n, lambda x: jnp.full_like(x, nan), lambda x: x, values
+            lost.any(), lambda x: jnp.where(over, nan, x), lambda x: x, values
         )
     values = lax.bitcast_convert_type(values, w.dtype)
     layout = _layout.of((rows, cols), (0,), (1,))
-    return NMArray(values, codes, layout, n, m, stride, coding), most
+    return NMArray(values, codes, layout, n, m, stride, coding)
 
 
 _pack = jax.custom_vjp(_packed, nondiff_argnums=(2, 3, 4, 5))
 
 
 def _pack_forward(w, mask, *static):
-    packed, most = _pack(w, mask, *static)
-    return (packed, most), (packed, mask)
+    packed = _pack(w, mask, *static)
+    return packed, (packed, mask)
 
 
-def _pack_backward(n, m, stride, coding, kept, gradients):
-    (packed, mask), (gradient, _) = kept, gradients
+def _pack_backward(n, m, stride, coding, kept, gradient):
+    packed, mask = kept
     if not jnp.issubdtype(packed.dtype, jnp.floating):
         return _no_gradient(mask), _no_gradient(mask)
     return _dense(dataclasses.replace(packed, values=gradient.values)), _no_gradient(
@@ -222,11 +223,6 @@ def _grouped(x: Array, m: int, stride: int, groups: int) -> Shaped[Array, "... m
     x = jnp.swapaxes(x.reshape(*batch, -1, m, stride, cols), -2, -3)
     x = x.reshape(*batch, -1, m, cols)
     return jnp.pad(x, [*axes, (0, groups - x.shape[-3]), (0, 0), (0, 0)])
-
-
-def unpack_nm(packed: NMArray) -> Shaped[Array, "..."]:
-    """The leaf, with zeros where nothing is kept."""
-    return packed.layout.leaf(packed.dense())
 
 
 def _width(m: int) -> int:

@@ -101,7 +101,6 @@ def _value_mask(path: str, leaf: Any, mask: Any) -> Any:
     return found
 
 
-@jax.jit
 def _values_of(packed, mask):
     """Where the values stand, the mask; and what it keeps beside them."""
 
@@ -109,7 +108,7 @@ def _values_of(packed, mask):
         return unpack(dataclasses.replace(packed, values=values))
 
     # `matrix` is linear: its transpose takes from each place of the matrix.
-    values = jnp.ones(packed.values.shape, jnp.float32)
+    values = jnp.ones_like(packed.values, jnp.float32)
     held, pull = jax.vjp(matrix, values)
     (found,) = pull(mask.astype(jnp.float32))
     return found > 0, jnp.sum(mask & (held == 0), dtype=jnp.int32)

@@ -1,10 +1,12 @@
 """Arrays of a mesh with explicit axes, for a while on one whose axes XLA looks after."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
+from jaxtyping import Array, Shaped
 
 from jaxprune._tree import PyTree
 
@@ -30,6 +32,31 @@ def auto(tree: PyTree) -> Iterator[PyTree]:
 
     with jax.set_mesh(free):
         yield jax.tree.map(put, tree)
+
+
+def columns(matrix: Shaped[Array, "stack batch K N"]) -> Array:
+    """The same matrix, with what K was sharded over added to N.
+
+    Solvers decide for a column from all of its rows, and need no other column. So one
+    exchange of shards, as large as they are, lets each device work by itself; and if N
+    does not divide by so many devices, K is made whole on each.
+    """
+    sharding = matrix.sharding
+    if not isinstance(sharding, NamedSharding):
+        return matrix
+    *stack, k, n = (*sharding.spec, None, None, None, None)[:4]
+    if k is None:
+        return matrix
+    names = (*_several(n), *_several(k))
+    both = math.prod(sharding.mesh.shape[name] for name in names)
+    names = names if matrix.shape[-1] % both == 0 else _several(n)
+    return jax.device_put(matrix, sharding.update(spec=jax.P(*stack, None, names)))
+
+
+def _several(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    if names is None:
+        return ()
+    return names if isinstance(names, tuple) else (names,)
 
 
 def _mesh(x: jax.Array) -> Mesh | None:

@@ -213,7 +213,7 @@ def _solve(
     rows = []
     for site, inputs in uses(leaf, w, stats, str(j)):
         start = time.perf_counter()
-        dense = site.to_matrix(w)
+        dense = _mesh.columns(site.to_matrix(w))
         stack, batch, k, n = dense.shape
         try:
             solution = method.solve(dense, inputs, wanted.sparsity, structure)

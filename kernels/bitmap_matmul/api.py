@@ -32,6 +32,11 @@ def bitmap_matmul(
     The gradient with respect to `packed.values` exists where weights are kept; the
     pattern has none. A new pattern of the same capacity is the same program.
 
+    On a mesh with explicit axes each device multiplies its own parts of a matrix that
+    was packed sharded. What K was sharded over is summed in float32; x may be whole
+    along K, or sharded in the same way. A matrix on axes of the mesh that rows of x
+    take up is gathered, packed. On auto axes XLA divides the work, by its own path.
+
     Args:
       x: for stacked matrices with their leading axes in front, `[stack, ..., K]`.
       packed: what `jaxprune.formats.pack` gave for `[K, N]` or `[stack, K, N]`. Integers
@@ -58,7 +63,7 @@ def bitmap_matmul(
             "jaxprune.formats.pack(w, mask, jaxprune.Unstructured())."
         )
     k, n = packed.layout.matrix
-    stack = packed.values.shape[:-1]
+    stack = packed.shape[: -len(packed.layout.shape)]
     _calls.check_shape(x, stack, (k, n))
     dtype = jnp.result_type(x, packed.values)
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -72,26 +77,30 @@ def bitmap_matmul(
             "blocks: see jaxprune.kernels.block_sparse_matmul."
         )
 
-    def products(x, packed):
-        stack = packed.values.shape[:-1]
-        product = _calls.over_stack(functools.partial(_product, precision), stack)
-        rows = x.astype(dtype).reshape(*stack, -1, k)
-        return product(rows, packed).reshape(*x.shape[:-1], n)
-
-    return _calls.on_mesh(products, x, packed)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(precision: lax.PrecisionLike, x: Array, packed: BitmapArray) -> Array:
-    return xla.matmul(x, packed, precision=precision)
+    # What devices have of a sum is added up before it is rounded.
+    parts = packed.layout.parts
+    wide = jnp.promote_types(dtype, jnp.float32) if parts and parts[0] > 1 else dtype
+    return _calls.multiply(
+        functools.partial(_product, precision, wide),
+        x.astype(dtype),
+        packed,
+        finish=lambda y, bias: y.astype(dtype),
+    )
 
 
-def _forward(precision, x, packed):
-    return _product(precision, x, packed), (x, packed)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(precision: lax.PrecisionLike, dtype, x: Array, packed: BitmapArray):
+    return xla.matmul(x, packed, precision=precision, dtype=dtype)
 
 
-def _backward(precision, kept, dy):
+def _forward(precision, dtype, x, packed):
+    return _product(precision, dtype, x, packed), (x, packed)
+
+
+def _backward(precision, dtype, kept, dy):
+    del dtype
     x, packed = kept
+    dy = dy.astype(x.dtype)
     dx = xla.matmul_transposed(dy, packed, precision=precision)
     if jnp.issubdtype(packed.dtype, jnp.floating):
         dvalues = xla.products(x, dy, packed, precision=precision)

@@ -21,6 +21,8 @@ by the weights, not by those that are kept, so that lower densities do not chang
 gather along lanes takes three bundles for a register, and a v4 has none within sublanes.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxprune.kernels import _calls
@@ -32,9 +34,14 @@ STRETCH = 1 << 20  # weights that are written out at a time
 
 
 def matmul(
-    x: Float[Array, "M K"], packed: BitmapArray, *, precision: lax.PrecisionLike
+    x: Float[Array, "M K"],
+    packed: BitmapArray,
+    *,
+    precision: lax.PrecisionLike,
+    dtype: Any = None,
 ) -> Float[Array, "M N"]:
-    """`x @ W`."""
+    """`x @ W`, by default in the type to which those of both are promoted."""
+    out = dtype
     dtype = jnp.result_type(x, packed.values)
     bits, starts, rows = _stretches(packed)
     x = _padded(x.astype(dtype), 1, bits.shape[0] * rows)
@@ -50,7 +57,7 @@ def matmul(
 
     y = _calls.zeros((x.shape[0], bits.shape[-1]), jnp.float32, x)
     number = jnp.arange(bits.shape[0])
-    return lax.scan(step, y, (number, bits, starts))[0].astype(dtype)
+    return lax.scan(step, y, (number, bits, starts))[0].astype(out or dtype)
 
 
 def matmul_transposed(

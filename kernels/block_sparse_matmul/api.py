@@ -60,6 +60,12 @@ def block_sparse_matmul(
     closes over the pattern, XLA gets the products written out, which on a CPU of several
     cores is faster.
 
+    On a mesh with explicit axes each device multiplies its own parts of a matrix that was
+    packed sharded. What K was sharded over is summed in float32, before bias and
+    activation; x may be whole along K, or sharded in the same way. A matrix on axes of the
+    mesh that rows of x take up is gathered, packed. On auto axes XLA divides the work, by
+    its own path.
+
     Args:
       x: for stacked matrices with their leading axes in front, `[stack, ..., K]`.
       packed: what `jaxprune.formats.pack` gave for the matrix `[K, N]`, `[stack, K, N]`,
@@ -97,7 +103,7 @@ def block_sparse_matmul(
         )
     x, packed = jax.tree.map(jnp.asarray, (x, packed))
     k, n = packed.layout.matrix
-    stack = packed.values.shape[:-3]
+    stack = packed.shape[: -len(packed.layout.shape)]
     if group_sizes is None:
         _calls.check_shape(x, stack, (k, n))
     else:
@@ -123,23 +129,24 @@ def block_sparse_matmul(
         "xla": "",
     }
     _calls.check_backend(backend, reasons, "these blocks")
-    pattern = None if stack else _known(x, packed)
-    finish = bias is not None or activation is not None
+    parts = packed.layout.parts
+    pattern = None if stack or parts else _known(x, packed)
+    # What devices have of a sum is added up before it is rounded.
+    wide = bias is not None or activation is not None or bool(parts and parts[0] > 1)
     options = _Options(
-        backend, tuple(reasons.items()), precision, interpret, pattern, finish
+        backend, tuple(reasons.items()), precision, interpret, pattern, wide
     )
 
-    def product(x, packed, bias):
-        y = _product(options, x, packed)
-        return _calls.finished(y, bias, activation, dtype) if finish else y
+    def finished(y, bias):
+        return _calls.finished(y, bias, activation, dtype) if wide else y
 
-    def products(x, packed, bias):
-        stack = packed.values.shape[:-3]
-        rows = x.astype(dtype).reshape(*stack, -1, k)
-        y = _calls.over_stack(product, stack)(rows, packed, bias)
-        return y.reshape(*x.shape[:-1], n)
-
-    return _calls.on_mesh(products, x, packed, bias)
+    return _calls.multiply(
+        functools.partial(_product, options),
+        x.astype(dtype),
+        packed,
+        bias=bias,
+        finish=finished,
+    )
 
 
 def _known(x: Array, packed: BlockSparseArray) -> _Pattern | None:

@@ -8,11 +8,11 @@ pattern, so that another pattern is the same program.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxprune.kernels import _calls
 from jaxprune.kernels._hopper import processors as _processors
 from jaxtyping import Array, Float, Int32
 
@@ -143,7 +143,7 @@ def matmul(
     of_w = (tile.cols, _STEP) if transpose else (_STEP, tile.cols)
     kernel = _kernel(
         body,
-        jax.ShapeDtypeStruct((m, outputs * bn), x.dtype),
+        _calls.struct((m, outputs * bn), x.dtype, x),
         [
             _shared((tile.stages, tile.rows, _STEP), x.dtype),
             _shared((tile.stages, *of_w), x.dtype),
@@ -251,7 +251,7 @@ def products(
     of_x = (tr, _STEP) if flipped else (_STEP, tr)
     kernel = _kernel(
         body,
-        jax.ShapeDtypeStruct((splits, capacity, rows, cols), dtype),
+        _calls.struct((splits, capacity, rows, cols), dtype, x),
         [
             _shared((stages, _WARPGROUPS, *of_x), x.dtype),
             _shared((stages, _STEP, tc), x.dtype),

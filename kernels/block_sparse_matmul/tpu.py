@@ -7,11 +7,11 @@ in its way.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxprune.kernels import _calls
 from jaxprune.kernels.block_sparse_matmul._steps import Steps
 from jaxtyping import Array, Float, Int32
 
@@ -80,7 +80,7 @@ def matmul(
             out_specs=pl.BlockSpec((bm, bn), lambda i, t, place, *_: (i, place[t])),
             scratch_shapes=[pltpu.VMEM((bm, bn), jnp.float32)],
         ),
-        out_shape=jax.ShapeDtypeStruct((m, outputs * bn), x.dtype),
+        out_shape=_calls.struct((m, outputs * bn), x.dtype, x),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem()
         ),
@@ -163,7 +163,7 @@ def products(
             ),
             scratch_shapes=[pltpu.VMEM((span, *shape), jnp.float32)],
         ),
-        out_shape=jax.ShapeDtypeStruct((place.shape[0], *shape), xt.dtype),
+        out_shape=_calls.struct((place.shape[0], *shape), xt.dtype, xt),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=vmem(),

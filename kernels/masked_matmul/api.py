@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxprune.kernels import _calls
 from jaxprune.kernels.masked_matmul import tpu, xla
 from jaxtyping import Array, Bool, Float
 
@@ -21,6 +22,7 @@ class _Options:
     backend: Backend | None
     precision: lax.PrecisionLike
     interpret: bool
+    wide: bool  # gives the sums, in float32
 
 
 def masked_matmul(
@@ -39,6 +41,11 @@ def masked_matmul(
     A boolean mask is packed to bits first, in a pass of its own; on other devices XLA
     decides what is copied. Sums are float32, and the gradient of `w` is 0 where the mask
     is.
+
+    On a mesh with explicit axes each device multiplies its own shard, with a mask that lies
+    as `w` does. What K is sharded over is summed in float32; x may be whole along K, or
+    sharded in the same way. A matrix on axes of the mesh that rows of x take up is gathered.
+    On auto axes XLA divides the work, by its own path.
 
     Args:
       x: for stacked matrices with their leading axes in front, `[stack, ..., K]`.
@@ -74,7 +81,9 @@ def masked_matmul(
             f"{w.shape}. Move the axis that is contracted to the end."
         )
     if isinstance(mask, masks.PackedMask):
-        mask = mask.bits if mask.axis == w.ndim - 2 else masks.as_bool(mask)
+        whole = k % (8 * _calls.shards(w, w.ndim - 2)) == 0 or not _calls.sharded(w)
+        along = mask.axis == w.ndim - 2 and whole
+        mask = mask.bits if along else masks.as_bool(mask)
     elif mask.dtype != jnp.bool_:
         raise TypeError(
             f"mask: it is {mask.dtype}; expected bool (True = keep), or what "
@@ -86,12 +95,22 @@ def masked_matmul(
         raise ValueError(f"backend: got {backend!r}; expected 'tpu', 'xla' or None.")
     if backend == "tpu" and reason:
         raise ValueError(f"backend: 'tpu' does not take this matrix: {reason}")
-    options = _Options("xla" if reason else backend, precision, interpret)
-    product = functools.partial(_product, options)
-    for _ in stack:
-        product = jax.vmap(product)
-    rows = x.astype(dtype).reshape(*stack, -1, k)
-    return product(rows, w.astype(dtype), mask).reshape(*x.shape[:-1], n)
+    x, w = x.astype(dtype), w.astype(dtype)
+
+    def product(x, weights, bias, reduce=None):
+        del bias
+        w, mask = _calls.varying(*weights)
+        size, (k, n) = x.shape[: len(stack)], w.shape[-2:]
+        # Of what a device has, which may be smaller.
+        chosen = "xla" if _why_not_tpu(k, n, dtype) else backend
+        options = _Options(chosen, precision, interpret, reduce is not None)
+        rows = _calls.varying(x.reshape(*size, -1, k), w, mask)
+        y = _calls.over_stack(functools.partial(_product, options), size)(*rows)
+        y = reduce(y).astype(dtype) if reduce else y
+        return y.reshape(*x.shape[:-1], n)
+
+    weights = w, _calls.placed_as(jnp.asarray(mask), w)
+    return _calls.on_mesh(product, x, weights, None, stack=len(stack), ndim=w.ndim)
 
 
 def _why_not_tpu(k: int, n: int, dtype) -> str:
@@ -116,6 +135,8 @@ def _forward(options, x, w, mask):
 
 def _backward(options, kept, dy):
     x, w, mask = kept
+    dy = dy.astype(x.dtype)
+    options = dataclasses.replace(options, wide=False)
     dx = _multiply(options, dy, w, mask, transpose=True)
     # XLA masks the product as it leaves the matrix unit, on TPU also without a copy.
     dw = xla.products(x, dy, _as_bool(mask, w), precision=options.precision)
@@ -129,17 +150,16 @@ def _multiply(options: _Options, x: Array, w: Array, mask: Array, transpose: boo
     rest = {"transpose": transpose, "precision": options.precision}
 
     def by_xla(x, w, mask):
-        return xla.matmul(x, w, _as_bool(mask, w), **rest)
+        dtype = jnp.float32 if options.wide else x.dtype
+        return xla.matmul(x, w, _as_bool(mask, w), dtype=dtype, **rest)
 
     def by_tpu(x, w, mask):
         bits = _as_bits(mask)
-        return tpu.matmul(x, w, bits, interpret=options.interpret, **rest)
+        y = tpu.matmul(x, w, bits, interpret=options.interpret, **rest)
+        return y.astype(jnp.float32 if options.wide else x.dtype)
 
-    if options.backend == "xla":
-        return by_xla(x, w, mask)
-    if options.backend == "tpu":
-        return by_tpu(x, w, mask)
-    return lax.platform_dependent(x, w, mask, tpu=by_tpu, default=by_xla)
+    by = {"tpu": by_tpu, "xla": by_xla}
+    return _calls.choose(options.backend, {"tpu": ""}, by, x, w, mask)
 
 
 def _as_bool(mask: Array, w: Array) -> Array:

@@ -17,11 +17,11 @@ None of these are timings.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxprune.kernels import _calls
 from jaxprune.kernels.block_sparse_matmul import tpu as block_sparse
 from jaxtyping import Array, Float, UInt8
 
@@ -82,7 +82,7 @@ def matmul(
         ],
         out_specs=pl.BlockSpec((bm, bp), lambda i, p, c: (i, p)),
         scratch_shapes=[pltpu.VMEM((bm, bp), jnp.float32)],
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], k if transpose else n), x.dtype),
+        out_shape=_calls.struct((x.shape[0], k if transpose else n), x.dtype, x),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=block_sparse.vmem(),

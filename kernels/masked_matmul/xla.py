@@ -1,5 +1,7 @@
 """Masked products out of XLA's own operations, for any device."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -12,14 +14,15 @@ def matmul(
     *,
     transpose: bool = False,
     precision: lax.PrecisionLike = None,
+    dtype: Any = None,
 ) -> Float[Array, "M N"]:
-    """`x` times the masked `w`, or times its transpose."""
+    """`x` times the masked `w`, or times its transpose, by default in the type of `x`."""
     w = jnp.where(mask, w, jnp.zeros_like(w))
     dims = (((1,), (1 if transpose else 0,)), ((), ()))
     product = lax.dot_general(
         x, w, dims, precision=precision, preferred_element_type=jnp.float32
     )
-    return product.astype(x.dtype)
+    return product.astype(dtype or x.dtype)
 
 
 def products(

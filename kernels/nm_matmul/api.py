@@ -51,6 +51,12 @@ def nm_matmul(
     Sums are float32. The gradient with respect to `packed.values` exists for what is kept;
     the pattern and integers have none.
 
+    On a mesh with explicit axes each device multiplies its own parts of a matrix that was
+    packed sharded. What K was sharded over is summed in float32, before bias and
+    activation; x may be whole along K, or sharded in the same way. A matrix on axes of the
+    mesh that rows of x take up is gathered, packed. On auto axes XLA divides the work, by
+    its own path.
+
     Args:
       x: for stacked matrices with their leading axes in front, `[stack, ..., K]`.
       packed: what `jaxprune.formats.pack` gave for the matrix `[K, N]`, `[stack, K, N]`,
@@ -94,7 +100,7 @@ def nm_matmul(
             "x.astype(jnp.bfloat16)."
         )
     k, n = packed.layout.matrix
-    stack = packed.codes.shape[:-2]
+    stack = packed.shape[: -len(packed.layout.shape)]
     if group_sizes is None:
         _calls.check_shape(x, stack, (k, n))
     else:
@@ -114,21 +120,19 @@ def nm_matmul(
     }
     _calls.check_backend(backend, reasons, "this matrix")
     finish = bias is not None or activation is not None
+    # What devices have of a sum is added up before it is rounded.
+    wide = finish or bool(packed.layout.parts and packed.layout.parts[0] > 1)
 
-    def product(x, packed, bias):
+    def product(x, packed):
         many = backend is None and x.shape[0] > _FEW
         chosen = "xla" if many else backend
-        options = _Options(chosen, tuple(reasons.items()), precision, interpret, finish)
-        y = _product(options, x, packed)
-        return _calls.finished(y, bias, activation, dtype) if finish else y
+        options = _Options(chosen, tuple(reasons.items()), precision, interpret, wide)
+        return _product(options, x, packed)
 
-    def products(x, packed, bias):
-        stack = packed.codes.shape[:-2]
-        rows = x.astype(dtype).reshape(*stack, -1, k)
-        y = _calls.over_stack(product, stack)(rows, packed, bias)
-        return y.reshape(*x.shape[:-1], n)
+    def finished(y, bias):
+        return _calls.finished(y, bias, activation, dtype) if wide else y
 
-    return _calls.on_mesh(products, x, packed, bias)
+    return _calls.multiply(product, x.astype(dtype), packed, bias=bias, finish=finished)
 
 
 def _why_not_tpu(packed: NMArray, dtype) -> str:

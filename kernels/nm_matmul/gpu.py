@@ -14,7 +14,6 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -23,7 +22,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
-from jaxprune.kernels import _hopper
+from jaxprune.kernels import _calls, _hopper
 from jaxtyping import Array, Float
 
 from jaxprune.formats import NMArray
@@ -186,7 +185,7 @@ def matmul(
     body.__name__ = f"nm_matmul_{packed.n}_{packed.m}"
     found = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((splits, codes.shape[1], width), jnp.float32),
+        out_type=_calls.struct((splits, codes.shape[1], width), jnp.float32, x),
         grid=(column_tiles, splits),
         grid_names=("column", "split"),
         num_threads=_WARPGROUPS,

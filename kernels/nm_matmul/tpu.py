@@ -6,12 +6,12 @@ tile hides behind the transfer of the next.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxprune.kernels import _calls
 from jaxtyping import Array, Float, Int32
 
 from jaxprune.formats import NMArray
@@ -61,7 +61,7 @@ def matmul(
         ],
         out_specs=pl.BlockSpec((bm, bn), lambda i, j, t: (i, j)),
         scratch_shapes=[pltpu.VMEM((bm, bn), jnp.float32)],
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], cols), x.dtype),
+        out_shape=_calls.struct((x.shape[0], cols), x.dtype, x),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
 from jaxprune import posttrain
+from jaxprune.posttrain import _mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -77,3 +78,19 @@ def test_sharded_weights(method, specs, kind):
         assert w.sharding.is_equivalent_to(own, w.ndim)
         assert others["layers"][name].sharding.is_equivalent_to(own, w.ndim)
     assert ratios == posttrain.outlier_ratios(model, params, batches, multiple=2)
+
+
+def test_rows_are_brought_together_before_a_matrix_is_solved():
+    """K becomes whole, and each device gets other columns for it."""
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    for spec, n, wanted in (
+        (P(None, None, "a", "b"), 16, P(None, None, None, ("b", "a"))),
+        (P(None, None, ("a", "b")), 16, P(None, None, None, ("a", "b"))),
+        (P(None, None, "a", "b"), 4, P(None, None, None, "b")),  # 4 columns, 8 devices
+        (P("a", None, None, "b"), 16, P("a", None, None, "b")),
+    ):
+        plain = jnp.arange(2.0 * 8 * n).reshape(2, 1, 8, n)
+        matrix = jax.device_put(plain, NamedSharding(mesh, spec))
+        found = _mesh.columns(matrix)
+        assert found.sharding.is_equivalent_to(NamedSharding(mesh, wanted), 4)
+        np.testing.assert_array_equal(found, plain)
