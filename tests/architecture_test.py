@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "formats": {"_tree", "masks", "structures"},
     "kernels": {"formats", "masks", "structures"},
     "acceleration": {"_tree", "masks", "structures", "tracing", "formats", "kernels"},
-    "checkpoint": {"_tree", "formats", "masks"},
+    "checkpoint": {"_tree", "formats", "masks", "structures"},
     "analysis": _MEASURES | {"_prune"},
     "rounds": _BASE | {"_prune", "analysis", "checkpoint"},
 }
