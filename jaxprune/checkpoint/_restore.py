@@ -304,16 +304,16 @@ def _bits(
 
 
 def _load(path: pathlib.Path, rows: list[dict], targets: list[Any]) -> list[Any]:
-    if not targets:
-        return []
     from orbax.checkpoint import v1 as ocp
 
-    named = {str(i): x for i, x in enumerate(targets)}
+    named = {str(i): x for i, x in enumerate(targets) if 0 not in x.shape}
     try:
-        found = ocp.load(str(path / "arrays"), named)
+        there = ocp.load(str(path / "arrays"), named) if named else {}
     except Exception as e:  # Orbax has many
         raise _damaged(path, e) from e
-    found = [found.pop(str(i)) for i in range(len(rows))]
+    found = [
+        there.pop(str(i), np.zeros(x.shape, x.dtype)) for i, x in enumerate(targets)
+    ]
     for i, (x, row) in enumerate(zip(found, rows, strict=True)):
         if isinstance(x, np.ndarray) and not row.get("host"):
             found[i] = _place.on_device(x)

@@ -119,9 +119,9 @@ def _begin(
     finally:
         _wait(barriers[1])
     response = None
-    if arrays:
+    named = {str(i): x for i, x in enumerate(arrays) if x.size}  # Orbax takes no others
+    if named:
         with _context():
-            named = {str(i): x for i, x in enumerate(arrays)}
             response = ocp.save_async(str(part / "arrays"), named)
     sums = [_sums.keep(s) for s in sums]  # the arrays may be gone when this is over
 
@@ -157,6 +157,8 @@ def _context():
 
     context = ocp.Context()
     context.array.saving.use_compression = False
+    # Otherwise an error leaves threads behind that wait for the folder for minutes.
+    context.asynchronous.create_directories_asynchronously = False
     return context
 
 
