@@ -49,7 +49,9 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"_tree", "formats", "masks", "structures"},
     "analysis": _MEASURES | {"_prune"},
     "rounds": _BASE | {"_prune", "analysis", "checkpoint"},
+    "__main__": {"cli"},
 }
+ALLOWED["cli"] = {*ALLOWED, "cli"} - {"__main__"}  # the front desk: everything
 
 
 def _library_files() -> list[pathlib.Path]:

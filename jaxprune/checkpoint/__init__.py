@@ -1,5 +1,7 @@
 """Checkpoints of parameters, masks, optimizer state and packed weights."""
 
+from ._leaves import Leaf as Leaf
+from ._leaves import leaves as leaves
 from ._load_safetensors import load_safetensors as load_safetensors
 from ._names import BERT as BERT
 from ._names import LLAMA as LLAMA
