@@ -259,7 +259,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _line(x: Mapping[str, Any]) -> tuple[str, ...]:
-    groups = ", ".join(f"{g['n']}:{g['m']} axis {g['axis']}" for g in x.get("nm", ()))
+    groups = ", ".join(
+        f"{g['n']}:{g['m']} axis {g['axis']}"
+        for g in x.get("nm", ())
+        if 2 * g["n"] <= g["m"]  # others are chance
+    )
     empty = x.get("empty_blocks", {}).items()
     blocks = ", ".join(f"{size}: {share:.1%}" for size, share in empty if share)
     return (
@@ -373,7 +377,7 @@ def _matrices(
         if row.kind == "array"
     }
     chosen = _tree.select(tree, where)
-    contracted = _axis_of(axis, _tree.paths(chosen), "--axis")
+    contracted = _axis_of(axis, _tree.paths(chosen))
     found: dict[tuple[int, int], list[str]] = {}
     for name, x in sorted(chosen.items()):
         if x is not None and len(x.shape) > 1:
@@ -388,7 +392,7 @@ def _placed(structure: Structure, axis: int | None, paths: Sequence[str]) -> Str
         return structure
     if isinstance(structure, Block) and structure.rows == structure.cols:
         return structure
-    axis = _axis_of(axis, paths, f"--structure {structure}: --axis")
+    axis = _axis_of(axis, paths)
     other = -3 - axis  # of the last two
     match structure:
         case NM(n, m):
@@ -398,11 +402,11 @@ def _placed(structure: Structure, axis: int | None, paths: Sequence[str]) -> Str
     return Channel(axis=other)
 
 
-def _axis_of(axis: int | None, paths: Sequence[str], what: str) -> int:
+def _axis_of(axis: int | None, paths: Sequence[str]) -> int:
     others = [x for x in paths if x.split("/")[-1] != "kernel"]
     if axis is None and others:
         raise ValueError(
-            f"{what} is missing: how {_tree.listing(others, 3)} lie cannot be told from "
+            f"--axis is missing: how {_tree.listing(others, 3)} lie cannot be told from "
             "their names. Pass --axis -1 for weights of PyTorch, [out, in], or --axis -2 "
             "for kernels of Flax, [in, out]."
         )
