@@ -49,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"_tree", "formats", "masks", "structures"},
     "analysis": _MEASURES | {"_prune"},
     "rounds": _BASE | {"_prune", "analysis", "checkpoint"},
+    "_arguments": {"structures"},
     "__main__": {"cli"},
 }
 ALLOWED["cli"] = {*ALLOWED, "cli"} - {"__main__"}  # the front desk: everything
