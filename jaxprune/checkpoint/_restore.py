@@ -315,6 +315,8 @@ def _load(path: pathlib.Path, rows: list[dict], targets: list[Any]) -> list[Any]
         there.pop(str(i), np.zeros(x.shape, x.dtype)) for i, x in enumerate(targets)
     ]
     for i, (x, row) in enumerate(zip(found, rows, strict=True)):
+        if [*x.shape] != row["shape"] or str(x.dtype) != row["dtype"]:
+            raise _damaged(path, f"an array is {x.dtype}{[*x.shape]}, and not {row}")
         if isinstance(x, np.ndarray) and not row.get("host"):
             found[i] = _place.on_device(x)
     return found
