@@ -348,7 +348,6 @@ def attempt(case: Case, folder: pathlib.Path, r) -> Outcome:
         start = time.perf_counter()
         before = tracemalloc.get_traced_memory()[0]
         tracemalloc.reset_peak()
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
         tree = None
         try:
             tree = jp.checkpoint.load_safetensors(folder, separator=case.separator)
@@ -357,8 +356,6 @@ def attempt(case: Case, folder: pathlib.Path, r) -> Outcome:
             if not str(e).startswith("path: "):
                 raise FuzzError(f"{case.name}: {change} gave the message {e}") from e
             result = "error"
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
         peak = tracemalloc.get_traced_memory()[1] - before
         seconds = time.perf_counter() - start
         if result == "other":
@@ -419,8 +416,18 @@ def limited(room: int = ROOM) -> None:
     )
 
 
-def _alarm(*_: Any) -> None:
-    raise FuzzError(f"it took more than {SECONDS} seconds")
+def _timed(case: Case, folder: pathlib.Path, r) -> Outcome:
+    """As `attempt`; raises `FuzzError` where it hangs."""
+
+    def stop(*_: Any) -> None:
+        raise FuzzError(f"{case.name}: it took more than {SECONDS} seconds")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        return attempt(case, folder, r)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def run(count: int, seed: int, folder: pathlib.Path, note: Callable) -> None:
@@ -428,7 +435,7 @@ def run(count: int, seed: int, folder: pathlib.Path, note: Callable) -> None:
     made = cases(folder)
     for i in range(count):
         case = made[i % len(made)]
-        note(case, attempt(case, folder / "damaged", random.Random(f"{seed} {i}")))
+        note(case, _timed(case, folder / "damaged", random.Random(f"{seed} {i}")))
 
 
 def run_hypothesis(count: int, folder: pathlib.Path, note: Callable) -> None:
@@ -443,7 +450,7 @@ def run_hypothesis(count: int, folder: pathlib.Path, note: Callable) -> None:
     )
     @hypothesis.given(st.sampled_from(range(len(made))), st.randoms())
     def attempts(which, r):
-        note(made[which], attempt(made[which], folder / "damaged", r))
+        note(made[which], _timed(made[which], folder / "damaged", r))
 
     attempts()
 
@@ -453,7 +460,6 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    signal.signal(signal.SIGALRM, _alarm)
     results: dict[tuple[str, str], collections.Counter] = {}
     slowest, most = 0.0, collections.defaultdict(float)
 
