@@ -21,8 +21,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def cases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sound")
     cases = fuzz.cases(folder)
-    for i, case in enumerate(cases):  # what is set up once takes memory too
-        fuzz.attempt(case, folder / "damaged", random.Random(i))
     tracemalloc.start()
     yield cases
     tracemalloc.stop()
@@ -38,9 +36,10 @@ def test_random_damage(cases, tmp_path):
 
 
 @hypothesis.settings(max_examples=100)
-@hypothesis.given(which=st.integers(0, 3), r=st.randoms())
-def test_chosen_damage(cases, tmp_path_factory, which, r):
-    fuzz.attempt(cases[which], tmp_path_factory.getbasetemp() / "damaged", r)
+@hypothesis.given(which=st.integers(0, 3), data=st.data())
+def test_chosen_damage(cases, tmp_path_factory, which, data):
+    folder = tmp_path_factory.getbasetemp() / "damaged"
+    fuzz.attempt(cases[which], folder, fuzz.Chosen(data))
 
 
 def test_wrong_trees_are_found(cases, tmp_path, monkeypatch):
