@@ -333,8 +333,8 @@ def _turned(
         fits = shape is None or tuple(x.shape) == shape
     else:
         fits = math.prod(shape) == x.size and len(shape) > 0
-        fits = fits and (rule.turn != "kernel" or shape[0] == x.shape[0])
-        fits = fits and (rule.turn != "out_kernel" or shape[-1] == x.shape[-1])
+        fits = fits and (rule.turn != "kernel" or shape[:1] == tuple(x.shape[:1]))
+        fits = fits and (rule.turn != "out_kernel" or shape[-1:] == tuple(x.shape[-1:]))
     if not fits:
         raise ValueError(
             f"tensors: {name}, turned to {tuple(x.shape)}, is for {path} of the shape "

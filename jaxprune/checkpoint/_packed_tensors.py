@@ -202,7 +202,7 @@ def _check_mask(x: PackedMask) -> None:
             raise ValueError(f"bits are set beyond the length {length}; expected none")
 
 
-def _stretches(codes: np.ndarray) -> Iterator[np.ndarray]:
+def _stretches(codes: Any) -> Iterator[np.ndarray]:
     """Columns of `[..., bytes, N]`, a few at a time: eight times as much is made of them."""
     if not codes.size:
         return

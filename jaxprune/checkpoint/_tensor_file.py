@@ -107,14 +107,14 @@ class TensorFile:
 
     def _chunks(self, name: str, into: np.ndarray | None) -> Iterator[memoryview]:
         tensor, done = self.tensors[name], 0
-        whole = memoryview(np.empty(min(_CHUNK, tensor.nbytes), np.uint8))
+        whole = np.empty(min(_CHUNK, tensor.nbytes), np.uint8).data
         self._file.seek(self._start + tensor.begin)
         while done < tensor.nbytes:
             size = min(_CHUNK, tensor.nbytes - done)
-            part = whole[:size] if into is None else memoryview(into)[done:][:size]
+            part = whole[:size] if into is None else into.data[done:][:size]
             if self._file.readinto(part) != size:
                 refuse(self.path, f"it ended within {name}", "a file that nobody cuts")
-            if tensor.dtype == np.bool_ and max(part) > 1:
+            if tensor.dtype == np.bool_ and np.frombuffer(part, np.uint8).max() > 1:
                 refuse(self.path, f"{name} has bytes above 1", "0 and 1 for a BOOL")
             yield part
             done += size
@@ -135,7 +135,7 @@ def write(
 
 
 def _append(file: BinaryIO, tensor: Tensor, x: np.ndarray) -> int:
-    raw = memoryview(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+    raw = np.ascontiguousarray(x).reshape(-1).view(np.uint8).data
     total = checksum_of(tensor)
     for at in range(0, tensor.nbytes, _CHUNK):
         chunk = raw[at : at + _CHUNK]
