@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -233,6 +233,10 @@ def _compiled(names: Sequence[Rule], side: str) -> list[tuple[re.Pattern[str], R
     for rule in names:
         if not isinstance(rule, Rule):
             raise TypeError(f"names: got {rule!r}; expected jaxprune.checkpoint.Rule.")
+        if rule.turn not in (turns := get_args(Turn)):
+            raise ValueError(
+                f"names: turn is {rule.turn!r}; expected {', '.join(turns)}, in {rule}."
+            )
         theirs, ours = rule.theirs.count("{}"), (rule.ours or "").count("{}")
         if theirs > 1 or ours > theirs:
             raise ValueError(
@@ -329,8 +333,8 @@ def _turned(
         fits = shape is None or tuple(x.shape) == shape
     else:
         fits = math.prod(shape) == x.size and len(shape) > 0
-        fits = fits and (rule.turn != "kernel" or shape[0] == x.shape[0])
-        fits = fits and (rule.turn != "out_kernel" or shape[-1] == x.shape[-1])
+        fits = fits and (rule.turn != "kernel" or shape[:1] == tuple(x.shape[:1]))
+        fits = fits and (rule.turn != "out_kernel" or shape[-1:] == tuple(x.shape[-1:]))
     if not fits:
         raise ValueError(
             f"tensors: {name}, turned to {tuple(x.shape)}, is for {path} of the shape "

@@ -72,8 +72,8 @@ def rebuilt(kind: str, said: Mapping[str, Any], found: Mapping[str, Any]) -> Any
     static["layout"] = _layout(static["layout"])
     if nm:
         n, m, _ = _ints("n, m and stride", [static[x] for x in ("n", "m", "stride")], 1)
-        if n > m:
-            raise ValueError(f"{n} of every {m} are kept; expected at most {m}")
+        if n >= m:
+            raise ValueError(f"{n} of every {m} are kept; expected fewer")
         if static["coding"] not in ("bitmap", "places", "words"):
             raise ValueError(
                 f"coding is {static['coding']!r}; expected bitmap, places or words"
@@ -202,7 +202,7 @@ def _check_mask(x: PackedMask) -> None:
             raise ValueError(f"bits are set beyond the length {length}; expected none")
 
 
-def _stretches(codes: np.ndarray) -> Iterator[np.ndarray]:
+def _stretches(codes: Any) -> Iterator[np.ndarray]:
     """Columns of `[..., bytes, N]`, a few at a time: eight times as much is made of them."""
     if not codes.size:
         return

@@ -232,9 +232,12 @@ def _write(
                     f"tree: the header for its {len(part):,} tensors has {room:,} bytes; "
                     f"expected {tensor_file.MOST_HEADER:,} at most. Pass shard_bytes=."
                 )
-            by_name = {x.name: x for x in part}
-            arrays = (_bytes_of(by_name[name]) for name in placed[i])
-            sums.append(tensor_file.write(file, placed[i], arrays, room))
+            items = {x.name: x for x in part}
+
+            def fetched(name: str, items: Mapping[str, _Item] = items) -> np.ndarray:
+                return _bytes_of(items[name])
+
+            sums.append(tensor_file.write(file, placed[i], fetched, room))
         for i, file in enumerate(files):
             tensor_file.write_header(file, header(i, sums[i], together(sums)))
 

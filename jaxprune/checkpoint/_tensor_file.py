@@ -16,7 +16,7 @@ import pathlib
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ _CHUNK = 1 << 22  # bytes that are read, written and summed at a time
 _MOST_ENTRY = 4096  # characters of what stands for one tensor
 _MOST_AXES = 32
 _MOST_SIZE = 1 << 62
+_PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")  # their starts
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -106,14 +107,14 @@ class TensorFile:
 
     def _chunks(self, name: str, into: np.ndarray | None) -> Iterator[memoryview]:
         tensor, done = self.tensors[name], 0
-        whole = memoryview(np.empty(min(_CHUNK, tensor.nbytes), np.uint8))
+        whole = np.empty(min(_CHUNK, tensor.nbytes), np.uint8).data
         self._file.seek(self._start + tensor.begin)
         while done < tensor.nbytes:
             size = min(_CHUNK, tensor.nbytes - done)
-            part = whole[:size] if into is None else memoryview(into)[done:][:size]
+            part = whole[:size] if into is None else into.data[done:][:size]
             if self._file.readinto(part) != size:
                 refuse(self.path, f"it ended within {name}", "a file that nobody cuts")
-            if tensor.dtype == np.bool_ and max(part) > 1:
+            if tensor.dtype == np.bool_ and np.frombuffer(part, np.uint8).max() > 1:
                 refuse(self.path, f"{name} has bytes above 1", "0 and 1 for a BOOL")
             yield part
             done += size
@@ -122,22 +123,25 @@ class TensorFile:
 def write(
     file: BinaryIO,
     tensors: Mapping[str, Tensor],
-    arrays: Iterable[np.ndarray],
+    fetch: Callable[[str], np.ndarray],
     room: int,
 ) -> dict[str, int]:
     """Writes the tensors behind `room` bytes for a header; gives their checksums."""
     sums = {}
     file.seek(8 + room)
-    for (name, tensor), x in zip(tensors.items(), arrays, strict=True):
-        raw = memoryview(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
-        total = checksum_of(tensor)
-        for at in range(0, tensor.nbytes, _CHUNK):
-            chunk = raw[at : at + _CHUNK]
-            total = zlib.crc32(chunk, total)
-            file.write(chunk)
-        sums[name] = total
-        del x, raw  # before the next one is fetched
+    for name, tensor in tensors.items():
+        sums[name] = _append(file, tensor, fetch(name))  # and let go of it
     return sums
+
+
+def _append(file: BinaryIO, tensor: Tensor, x: np.ndarray) -> int:
+    raw = np.ascontiguousarray(x).reshape(-1).view(np.uint8).data
+    total = checksum_of(tensor)
+    for at in range(0, tensor.nbytes, _CHUNK):
+        chunk = raw[at : at + _CHUNK]
+        total = zlib.crc32(chunk, total)
+        file.write(chunk)
+    return total
 
 
 def write_header(file: BinaryIO, header: bytes) -> None:
@@ -215,12 +219,12 @@ def _read_header(
 ) -> tuple[int, dict[str, Tensor], dict[str, str]]:
     size = os.fstat(file.fileno()).st_size
     start = file.read(8)
-    if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
-        refuse_pickle(path)
     if len(start) < 8:
         refuse(path, f"there are {size} bytes", "8 or more, a safetensors file")
     (length,) = struct.unpack("<Q", start)
     if length > min(size - 8, MOST_HEADER):
+        if start[:2] in _PICKLES:
+            refuse_pickle(path)
         refuse(
             path,
             f"the header has {length:,} bytes, and the file {size:,}",
