@@ -169,7 +169,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     found = []
     for device in arguments.device:
         for m in arguments.rows:
-            shapes = {name: (m, *shape) for name, (shape, _) in named.items()}
+            shapes = {name: (m, k, n) for name, ((k, n), _) in named.items()}
             report = predict(
                 shapes, structure, sparsity, device, dtype=np.dtype(arguments.dtype)
             )
