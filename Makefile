@@ -21,7 +21,7 @@ MAKE_VENV = $(or $(PYTHON),$(error Python 3.11 or newer was not found)) -m venv 
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 endif
 
-.PHONY: help demo demo-llm test lint docs clean
+.PHONY: help demo demo-llm test test-references lint docs clean
 # Two installers must not write to one environment at the same time.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -30,6 +30,7 @@ help:
 	@echo "make demo    fine-tune and prune a small encoder; results in build/demo"
 	@echo "make demo-llm  prune a small language model in one shot; results in build/demo-llm"
 	@echo "make test    tests and doctests, on CPU; PYTEST_ARGS is handed on"
+	@echo "make test-references  pruned models as PyTorch's transformers reads them; installs both"
 	@echo "make lint    ruff and pyright"
 	@echo "make docs    check API coverage, build the pages in build/docs"
 	@echo "make clean   remove .venv, build outputs, caches and downloaded data"
@@ -45,6 +46,10 @@ demo-llm: $(VENV)/.stamp-examples $(VENV)/.stamp-smollm2 $(AUSTEN)
 test: $(VENV)/.stamp-test build/libtpu
 	JAX_PLATFORMS=cpu $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
 		$(PYTEST_ARGS)
+
+test-references: $(VENV)/.stamp-test $(VENV)/.stamp-references $(VENV)/.stamp-minilm \
+		$(VENV)/.stamp-smollm2
+	JAX_PLATFORMS=cpu $(BIN)/pytest tests/checkpoint/transformers_test.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-lint
 	$(BIN)/ruff check .

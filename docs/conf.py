@@ -15,7 +15,8 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["_build"]
+# Each notebook is there twice: as Markdown, which is built, and as Colab opens it.
+exclude_patterns = ["_build", "notebooks/*.ipynb"]
 
 # Notebooks are Markdown files without outputs: each build runs them.
 nb_execution_mode = "force"

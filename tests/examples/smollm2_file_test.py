@@ -239,10 +239,10 @@ def test_says_what_is_wrong_with_a_model(tmp_path):
     with pytest.raises(ValueError, match="holds a model of type gpt2; want llama"):
         weights.load(path)
     _model_file(path, **{"llama.block_count": 1})
-    with pytest.raises(ValueError, match=r"no place for \['layers/1/attn/key/kernel'"):
+    with pytest.raises(ValueError, match=r"no place for blk\.1\..*layers/1/attn/key"):
         weights.load(path)
     _model_file(path, **{"llama.block_count": 3})
-    with pytest.raises(ValueError, match="layers/2/.*: nothing in the file, want"):
+    with pytest.raises(ValueError, match="nothing for layers/2/attn/key/kernel, "):
         weights.load(path)
 
 
