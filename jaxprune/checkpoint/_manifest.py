@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import re
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
@@ -19,6 +20,7 @@ from jaxprune._tree import PyTree
 from jaxprune.checkpoint import _geometry
 
 VERSION = 1
+_LONGEST = 1 << 10  # megabytes of a description
 Path: TypeAlias = tuple[str, ...]
 Node: TypeAlias = Any  # JSON
 
@@ -88,11 +90,11 @@ def take_apart(tree: PyTree, name: str) -> Contents:
         if type(x) in (list, tuple):
             items = [node(y, (*path, str(i))) for i, (_, y) in enumerate(children)]
             return {type(x).__name__: items}
-        items = []
-        for (key,), y in children:
-            key = _key(key, path, name)
-            items.append([key, node(y, (*path, str(key)))])
-        return {"dict": items}
+        keys = [_key(key, path, name) for (key,), _ in children]
+        if len(set(map(type, keys))) > 1:  # no dict could be flattened
+            keys = list(map(str, keys))
+        items = zip(keys, children, strict=True)
+        return {"dict": [[k, node(y, (*path, str(k)))] for k, (_, y) in items]}
 
     def leaf(x: Any, path: Path) -> Node:
         if _tree.is_key(x):
@@ -215,7 +217,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
       ValueError: if it is anything else.
     """
     try:
-        body = json.loads(path.read_bytes())
+        body = json.loads(_text(path))
         if not isinstance(body, dict):
             raise ValueError("it is no JSON object")
         if body.pop("crc32", None) != crc(body):
@@ -223,6 +225,19 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} cannot be read ({e})") from e
     return body
+
+
+def _text(path: pathlib.Path) -> bytes:
+    """The bytes of a file of text; one that is none is not read to its end."""
+    if not stat.S_ISREG(path.lstat().st_mode):  # a pipe would never end
+        raise ValueError("it is no file")
+    blocks = []
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            if b"\0" in block or len(blocks) >= _LONGEST:
+                raise ValueError("it is no JSON, or too long")
+            blocks.append(block)
+    return b"".join(blocks)
 
 
 def check(body: dict[str, Any]) -> None:
@@ -311,6 +326,8 @@ def _check_pairs(pairs: Any, rows: list[dict[str, Any]]) -> None:
         )
         _check_node(pair[1], rows)
     _require(len({k for k, _ in pairs}) == len(pairs), "a key of its tree comes twice")
+    alike = len({type(k) for k, _ in pairs}) < 2
+    _require(alike, "a dict of its tree has both names and numbers")
 
 
 def _check_items(items: Any, rows: list[dict[str, Any]]) -> None:
