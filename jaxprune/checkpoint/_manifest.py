@@ -172,7 +172,9 @@ def _plain(x: Any) -> Any:
 
 
 def _static(data: dict[str, Any]) -> dict[str, Any]:
-    found = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    found: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
+    }
     if "layout" in found:
         parts = {k: tuple(v) for k, v in found["layout"].items()}
         found["layout"] = formats.Layout(**parts)
@@ -248,7 +250,7 @@ def check(body: dict[str, Any]) -> None:
             f"its format has version {found!r}, and this jaxprune reads {VERSION}"
         )
     _require(_is_count(body.get("processes"), 1), "processes is no number of them")
-    rows = body.get("arrays")
+    rows: Any = body.get("arrays")
     _require(isinstance(rows, list), "arrays is no list")
     for row in rows:
         _require(isinstance(row, dict), "an array is not described")
@@ -280,7 +282,8 @@ def check_part(part: dict[str, Any], body: dict[str, Any]) -> None:
     """Raises `ValueError` unless this is what one process adds to `body`."""
     _require(part.get("manifest") == crc(body), "its parts are of several checkpoints")
     count = sum("value" in x for _, x in leaves(body["tree"]))
-    values, files = part.get("values"), part.get("files")
+    values: Any = part.get("values")
+    files: Any = part.get("files")
     _require(isinstance(values, list) and len(values) == count, "values are missing")
     for x in values:
         decode(x)
@@ -352,7 +355,7 @@ def _check_keys(node: Node, rows: list[dict[str, Any]]) -> None:
 
 def _check_packed(node: Node, rows: list[dict[str, Any]]) -> None:
     """Whether the arrays of a packed leaf are those of its geometry."""
-    kind = _PACKED.get(node["packed"]) if isinstance(node["packed"], str) else None
+    kind: Any = _PACKED.get(node["packed"]) if isinstance(node["packed"], str) else None
     _require(kind is not None, f"{str(node['packed'])[:80]} is no packed leaf")
     _check_pairs(node["fields"], rows)
     own = dataclasses.fields(kind)
