@@ -192,10 +192,12 @@ def encode(value: Any) -> Any:
 
 def decode(data: Any) -> Any:
     """Undoes `encode`."""
-    if isinstance(data, dict) and data.keys() == {"bytes"}:
+    if isinstance(data, dict) and isinstance(data.get("bytes"), str):
         return base64.b64decode(data["bytes"], validate=True)
-    if isinstance(data, dict) and data.keys() == {"complex"}:
-        return complex(*data["complex"])
+    if isinstance(data, dict) and isinstance(data.get("complex"), list):
+        parts = data["complex"]
+        if len(parts) == 2 and all(isinstance(x, int | float) for x in parts):
+            return complex(*parts)
     if not isinstance(data, bool | int | float | str):
         raise ValueError(f"{data!r} is no value")
     return data

@@ -326,6 +326,8 @@ def _set(place, value):
         (_set(["part", "files", "x"], [0, 0]), "x is missing"),
         (_set(["part", "values"], []), "values are missing"),
         (_set(["part", "values"], [{"bytes": "?"}]), "not as it was saved"),
+        (_set(["part", "values"], [{"bytes": {}}]), "is no value"),
+        (_set(["part", "values"], [{"complex": [1, "x"]}]), "is no value"),
     ],
 )  # fmt: skip
 def test_forged_manifests(saved, tmp_path, change, message):
