@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import re
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
@@ -19,6 +20,7 @@ from jaxprune._tree import PyTree
 from jaxprune.checkpoint import _geometry
 
 VERSION = 1
+_LONGEST = 1 << 10  # megabytes of a description
 Path: TypeAlias = tuple[str, ...]
 Node: TypeAlias = Any  # JSON
 
@@ -88,11 +90,11 @@ def take_apart(tree: PyTree, name: str) -> Contents:
         if type(x) in (list, tuple):
             items = [node(y, (*path, str(i))) for i, (_, y) in enumerate(children)]
             return {type(x).__name__: items}
-        items = []
-        for (key,), y in children:
-            key = _key(key, path, name)
-            items.append([key, node(y, (*path, str(key)))])
-        return {"dict": items}
+        keys = [_key(key, path, name) for (key,), _ in children]
+        if len(set(map(type, keys))) > 1:  # no dict could be flattened
+            keys = list(map(str, keys))
+        items = zip(keys, children, strict=True)
+        return {"dict": [[k, node(y, (*path, str(k)))] for k, (_, y) in items]}
 
     def leaf(x: Any, path: Path) -> Node:
         if _tree.is_key(x):
@@ -170,7 +172,9 @@ def _plain(x: Any) -> Any:
 
 
 def _static(data: dict[str, Any]) -> dict[str, Any]:
-    found = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    found: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
+    }
     if "layout" in found:
         parts = {k: tuple(v) for k, v in found["layout"].items()}
         found["layout"] = formats.Layout(**parts)
@@ -188,10 +192,12 @@ def encode(value: Any) -> Any:
 
 def decode(data: Any) -> Any:
     """Undoes `encode`."""
-    if isinstance(data, dict) and data.keys() == {"bytes"}:
+    if isinstance(data, dict) and isinstance(data.get("bytes"), str):
         return base64.b64decode(data["bytes"], validate=True)
-    if isinstance(data, dict) and data.keys() == {"complex"}:
-        return complex(*data["complex"])
+    if isinstance(data, dict) and isinstance(data.get("complex"), list):
+        parts = data["complex"]
+        if len(parts) == 2 and all(isinstance(x, int | float) for x in parts):
+            return complex(*parts)
     if not isinstance(data, bool | int | float | str):
         raise ValueError(f"{data!r} is no value")
     return data
@@ -215,7 +221,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
       ValueError: if it is anything else.
     """
     try:
-        body = json.loads(path.read_bytes())
+        body = json.loads(_text(path))
         if not isinstance(body, dict):
             raise ValueError("it is no JSON object")
         if body.pop("crc32", None) != crc(body):
@@ -223,6 +229,19 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} cannot be read ({e})") from e
     return body
+
+
+def _text(path: pathlib.Path) -> bytes:
+    """The bytes of a file of text; one that is none is not read to its end."""
+    if not stat.S_ISREG(path.lstat().st_mode):  # a pipe would never end
+        raise ValueError("it is no file")
+    blocks = []
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            if b"\0" in block or len(blocks) >= _LONGEST:
+                raise ValueError("it is no JSON, or too long")
+            blocks.append(block)
+    return b"".join(blocks)
 
 
 def check(body: dict[str, Any]) -> None:
@@ -233,7 +252,7 @@ def check(body: dict[str, Any]) -> None:
             f"its format has version {found!r}, and this jaxprune reads {VERSION}"
         )
     _require(_is_count(body.get("processes"), 1), "processes is no number of them")
-    rows = body.get("arrays")
+    rows: Any = body.get("arrays")
     _require(isinstance(rows, list), "arrays is no list")
     for row in rows:
         _require(isinstance(row, dict), "an array is not described")
@@ -265,7 +284,8 @@ def check_part(part: dict[str, Any], body: dict[str, Any]) -> None:
     """Raises `ValueError` unless this is what one process adds to `body`."""
     _require(part.get("manifest") == crc(body), "its parts are of several checkpoints")
     count = sum("value" in x for _, x in leaves(body["tree"]))
-    values, files = part.get("values"), part.get("files")
+    values: Any = part.get("values")
+    files: Any = part.get("files")
     _require(isinstance(values, list) and len(values) == count, "values are missing")
     for x in values:
         decode(x)
@@ -311,6 +331,8 @@ def _check_pairs(pairs: Any, rows: list[dict[str, Any]]) -> None:
         )
         _check_node(pair[1], rows)
     _require(len({k for k, _ in pairs}) == len(pairs), "a key of its tree comes twice")
+    alike = len({type(k) for k, _ in pairs}) < 2
+    _require(alike, "a dict of its tree has both names and numbers")
 
 
 def _check_items(items: Any, rows: list[dict[str, Any]]) -> None:
@@ -335,7 +357,7 @@ def _check_keys(node: Node, rows: list[dict[str, Any]]) -> None:
 
 def _check_packed(node: Node, rows: list[dict[str, Any]]) -> None:
     """Whether the arrays of a packed leaf are those of its geometry."""
-    kind = _PACKED.get(node["packed"]) if isinstance(node["packed"], str) else None
+    kind: Any = _PACKED.get(node["packed"]) if isinstance(node["packed"], str) else None
     _require(kind is not None, f"{str(node['packed'])[:80]} is no packed leaf")
     _check_pairs(node["fields"], rows)
     own = dataclasses.fields(kind)

@@ -165,15 +165,15 @@ def _read(path: pathlib.Path) -> _Read:
             f"path: {path} is no complete checkpoint. Pass a folder that "
             "jaxprune.checkpoint.save wrote."
         )
-    body = _manifest.read(path / "manifest.json")
     try:
+        body = _manifest.read(path / "manifest.json")
         _manifest.check(body)
         parts = [
             _manifest.read(path / f"process_{i}.json") for i in range(body["processes"])
         ]
         for part in parts:
             _manifest.check_part(part, body)
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         raise _damaged(path, e) from e
     files = {name: x for part in parts for name, x in part["files"].items()}
     nbytes = sum(map(_nbytes, body["arrays"]))

@@ -108,7 +108,7 @@ def _device_words(x: Array) -> list[UInt32[Array, "..."]]:
     return [bits.astype(jnp.uint32), (bits >> 32).astype(jnp.uint32)]
 
 
-def _host_words(x: np.ndarray) -> list[np.ndarray]:
+def _host_words(x: Any) -> list[np.ndarray]:
     x = np.ascontiguousarray(x).ravel()  # of one axis: scalars warn where they wrap
     if np.issubdtype(x.dtype, np.complexfloating):
         return [w for part in (x.real, x.imag) for w in _host_words(part)]

@@ -91,6 +91,7 @@ def unpack_tree(params: PyTree) -> PyTree:
 
 def _packed(path: str, w: Array, mask: Any, structure: Any) -> Any:
     mask = mask_trees.as_bool(mask)
+    chosen: Any = structure
     if structure is None:
         chosen = _smallest(w, mask)
     elif isinstance(structure, Mapping):
@@ -100,8 +101,6 @@ def _packed(path: str, w: Array, mask: Any, structure: Any) -> Any:
                 f"structure: no pattern of {dict(structure)} matches {path}, which has a "
                 "mask. Add one, such as '*'."
             )
-    else:
-        chosen = structure
     if chosen is None:
         return jnp.where(mask, w, jnp.zeros_like(w))
     try:
@@ -110,7 +109,7 @@ def _packed(path: str, w: Array, mask: Any, structure: Any) -> Any:
         raise ValueError(f"{path}: {e}") from e
 
 
-def _smallest(w: Array, mask: Bool[Array, "..."]) -> Structure | None:
+def _smallest(w: Array, mask: Bool[Array, "..."]) -> Any:
     """What takes the fewest bytes; `None` is the dense leaf."""
     best, least = None, w.size * w.dtype.itemsize
     for structure, options in _candidates(w, mask):
@@ -124,7 +123,7 @@ def _smallest(w: Array, mask: Bool[Array, "..."]) -> Structure | None:
 
 def _candidates(
     w: Array, mask: Bool[Array, "..."]
-) -> Iterator[tuple[Structure, dict[str, int]]]:
+) -> Iterator[tuple[Any, dict[str, int]]]:
     """What fits the mask, and the room it takes."""
     if w.ndim < 2 or not w.size:
         return
