@@ -27,7 +27,7 @@ def fits(x: Any) -> bool:
     elif isinstance(x, formats.BitmapArray):
         found = x.values.ndim > 0 and _expected_bitmap(x.layout, x.values.shape)
     else:
-        batch = tuple(x.codes.shape[:-2])
+        batch = x.layout.stack(tuple(x.codes.shape[:-2]))
         found = _expected_nm(x.layout, batch, x.n, x.m, x.stride, x.coding)
     if not found or jax.tree.structure(found) != jax.tree.structure(x):
         return False
@@ -51,22 +51,25 @@ def _fits_mask(x: masks.PackedMask) -> bool:
 
 def _is_matrix(layout: formats.Layout) -> bool:
     axes = (*layout.axes, *layout.out_axes)
-    ints = all(type(n) is int for n in (*layout.shape, *axes))
+    parts = () if layout.parts is None else layout.parts
+    ints = all(type(n) is int for n in (*layout.shape, *axes, *parts))
     return ints and sorted(axes) == list(range(-len(layout.shape), 0))
 
 
 @functools.lru_cache
 def _expected_blocks(layout: formats.Layout, values: tuple[int, ...]) -> Any:
-    *batch, capacity, rows, cols = values
+    *leading, capacity, rows, cols = values
     structure = structures.Block(rows, cols, layout.axes, layout.out_axes)
-    return _packed((*batch, *layout.shape), jnp.float32, structure, capacity=capacity)
+    batch = layout.stack(tuple(leading))
+    return _packed(layout, batch, jnp.float32, structure, capacity=capacity)
 
 
 @functools.lru_cache
 def _expected_bitmap(layout: formats.Layout, values: tuple[int, ...]) -> Any:
-    *batch, capacity = values
+    *leading, capacity = values
     structure = structures.Unstructured()
-    return _packed((*batch, *layout.shape), jnp.float32, structure, capacity=capacity)
+    batch = layout.stack(tuple(leading))
+    return _packed(layout, batch, jnp.float32, structure, capacity=capacity)
 
 
 @functools.lru_cache
@@ -81,11 +84,18 @@ def _expected_nm(
     structure = structures.NM(n, m, layout.axes, stride)
     # The values may have become others since, as the moments of an optimizer are.
     dtype = jnp.bfloat16 if coding == "words" else jnp.float32
-    return _packed((*batch, *layout.shape), dtype, structure)
+    return _packed(layout, batch, dtype, structure)
 
 
-def _packed(shape: tuple[int, ...], dtype: Any, structure: Any, **options: Any) -> Any:
+def _packed(
+    layout: formats.Layout,
+    batch: tuple[int, ...],
+    dtype: Any,
+    structure: Any,
+    **options: Any,
+) -> Any:
     """What `pack` gives, or `None` where it gives an error."""
+    shape, options = (*batch, *layout.shape), {**options, "parts": layout.parts}
     w, mask = (jax.ShapeDtypeStruct(shape, t) for t in (dtype, jnp.bool_))
     try:
         return jax.eval_shape(

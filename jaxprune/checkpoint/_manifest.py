@@ -176,8 +176,10 @@ def _static(data: dict[str, Any]) -> dict[str, Any]:
         k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
     }
     if "layout" in found:
-        parts = {k: tuple(v) for k, v in found["layout"].items()}
-        found["layout"] = formats.Layout(**parts)
+        fields = found["layout"].items()
+        found["layout"] = formats.Layout(
+            **{k: None if v is None else tuple(v) for k, v in fields}
+        )
     return found
 
 
