@@ -44,7 +44,7 @@ _MOST_ENTRY = 4096  # characters of what stands for one tensor
 _MOST_AXES = 32
 _MOST_SIZE = 1 << 62
 _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")  # their starts
-_SPACE = re.compile(r"[ \t\n\r]*")
+_SPACE = re.compile(rb"[ \t\n\r]*")
 
 
 class Tensor(NamedTuple):
@@ -192,6 +192,7 @@ def refuse(path: pathlib.Path, came: str, wanted: str, fix: str = "") -> NoRetur
 def loads(path: pathlib.Path, text: str | bytes, what: str) -> Any:
     """JSON without names that stand twice, and without NaN."""
     try:
+        text = text if isinstance(text, str) else text.decode()
         return json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
     except (ValueError, RecursionError) as e:
         refuse(path, f"{what} cannot be read ({_short(e)})", "JSON")
@@ -231,11 +232,7 @@ def _read_header(
             f"a header within the file, and {MOST_HEADER:,} bytes at most: a safetensors "
             "file that is whole",
         )
-    try:
-        text = file.read(length).decode()
-    except UnicodeDecodeError as e:
-        refuse(path, f"the header is no UTF-8 ({e.reason} at {e.start})", "JSON")
-    tensors, metadata = _Parser(path, text).parse()
+    tensors, metadata = _Parser(path, file.read(length)).parse()
     at = 0
     for name, x in sorted(tensors.items(), key=lambda x: (x[1].begin, x[1].end)):
         if x.begin != at:
@@ -255,11 +252,10 @@ def _read_header(
 
 
 class _Parser:
-    """Reads a header entry by entry: a hostile one costs no more memory than its text."""
+    """Reads a header entry by entry, as bytes: as a string it could be four times as long."""
 
-    def __init__(self, path: pathlib.Path, text: str):
+    def __init__(self, path: pathlib.Path, text: bytes):
         self._path, self._text, self._at = path, text, 0
-        self._decoder = json.JSONDecoder()
 
     def parse(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors: dict[str, Tensor] = {}
@@ -282,22 +278,22 @@ class _Parser:
 
     def _members(self) -> Iterator[str]:
         """The names in an object; the caller reads what stands after each of them."""
-        self._take("{")
-        if self._next() == "}":
+        self._take(b"{")
+        if self._next() == b"}":
             self._at += 1
             return
         while True:
             name = self._string()
-            self._take(":")
+            self._take(b":")
             yield name
-            if self._next() == "}":
+            if self._next() == b"}":
                 self._at += 1
                 return
-            self._take(",")
+            self._take(b",")
 
     def _tensor(self, name: str) -> Tensor:
         start = self._at
-        end = self._text.find("}", start, start + _MOST_ENTRY) + 1
+        end = self._text.find(b"}", start, start + _MOST_ENTRY) + 1
         if not end:
             self._refuse(f"what is said of {name!r} does not end")
         said = loads(self._path, self._text[start:end], f"the header, at {name!r},")
@@ -327,21 +323,33 @@ class _Parser:
         return Tensor(DTYPES[dtype], found, *bounds)
 
     def _string(self) -> str:
-        if self._next() != '"':
+        if self._next() != b'"':
             self._refuse("there is something else where a string should be")
-        try:
-            found, self._at = self._decoder.raw_decode(self._text, self._at)
-        except ValueError as e:
-            self._refuse(_short(e))
+        start = self._at
+        while True:
+            end = self._text.find(b'"', self._at + 1)
+            if end < 0:
+                self._refuse("a string does not end")
+            self._at = end
+            before = end
+            while self._text[before - 1] == 0x5C:  # a backslash
+                before -= 1
+            if (end - before) % 2 == 0:
+                break
+        self._at += 1
+        token = self._text[start : self._at]
+        found = loads(self._path, token, f"the header, at character {start:,},")
+        if not isinstance(found, str):
+            self._refuse("there is something else where a string should be")
         return found
 
-    def _take(self, wanted: str) -> None:
+    def _take(self, wanted: bytes) -> None:
         if self._next() != wanted:
-            self._refuse(f"there is no {wanted!r} where one should be")
+            self._refuse(f"there is no {wanted.decode()!r} where one should be")
         self._at += 1
         self._skip()
 
-    def _next(self) -> str:
+    def _next(self) -> bytes:
         self._skip()
         return self._text[self._at : self._at + 1]
 

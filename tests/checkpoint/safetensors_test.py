@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import struct
+import tracemalloc
 import zlib
 
 import equinox as eqx
@@ -478,8 +479,9 @@ def test_headers_that_lie(tmp_path, change, message):
         (b'{"__metadata__": {"a": 1}}', "something else where a string should be"),
         (b'{"__metadata__": {"a": "", "a": ""}}', "'a' stands twice in __metadata__"),
         (b'{"__metadata__": {}, "__metadata__": {}}', "'__metadata__' stands there twice"),
-        (b'{"\xff": {}}', "the header is no UTF-8"),
-        (b'{"\x00": {}}', "the header is damaged at character"),
+        (b'{"\xff": {}}', "the header, at character 1, cannot be read .'utf-8'"),
+        (b'{"\x00": {}}', "the header, at character 1, cannot be read .Invalid control"),
+        (b'{"a\\\\\\": {}}', "the header is damaged at .*a string does not end"),
     ],
     ids=str,
 )  # fmt: skip
@@ -487,6 +489,20 @@ def test_headers_that_are_none(tmp_path, header, message):
     path = tmp_path / "x.safetensors"
     _write(path, header, b"")
     _refused(path, message)
+
+
+def test_a_long_header_takes_no_more_than_its_bytes(tmp_path):
+    """A flipped bit of the length makes a header of the weights; they are no string."""
+    path, *_ = _file(tmp_path, {"w": np.full(1 << 20, 0x41F09F98, np.uint32)})
+    data = path.read_bytes()
+    path.write_bytes(struct.pack("<Q", len(data) - 8) + data[8:])
+    tracemalloc.start()
+    try:
+        _refused(path, "the header is damaged")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.1 * len(data)
 
 
 def test_names_and_sizes_that_do_not_fit(tmp_path):
