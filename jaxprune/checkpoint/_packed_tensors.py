@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxprune import formats
-from jaxprune.formats import _nm_words
+from jaxprune.formats import _nm_words, _shards
 from jaxprune.masks import PackedMask
 
 KINDS = {
@@ -87,6 +87,15 @@ def check(x: Any) -> None:
     Raises:
       ValueError: if its fields do not fit together, without the name of the leaf.
     """
+    if not isinstance(x, PackedMask) and x.layout.parts:
+        own = x.codes.shape[:-1] if isinstance(x, formats.NMArray) else x.values.shape
+        leading = own[:-3] if isinstance(x, formats.BlockSparseArray) else own[:-1]
+        if tuple(leading[-2:]) != x.layout.parts:
+            raise ValueError(
+                f"arrays have the leading axes {list(leading)}; expected those of "
+                f"{list(x.layout.parts)} parts at their end"
+            )
+        x = _shards.plain(x)
     match x:
         case formats.BitmapArray():
             _check_bitmap(x)
@@ -227,8 +236,10 @@ def _is(name: str, x: Any, shape: tuple[int | None, ...], dtype: Any = None) -> 
 
 def _layout(said: Any) -> formats.Layout:
     if not isinstance(said, dict):
-        raise ValueError(f"layout is {said!r}; expected shape, axes and out_axes")
-    _wanted(said, {"shape", "axes", "out_axes"})
+        raise ValueError(
+            f"layout is {said!r}; expected shape, axes, out_axes and parts"
+        )
+    _wanted(said, {"shape", "axes", "out_axes", "parts"})
     shape = _ints("layout.shape", said["shape"], 0)
     axes, out_axes = (
         _ints(f"layout.{x}", said[x], -len(shape)) for x in ("axes", "out_axes")
@@ -238,7 +249,18 @@ def _layout(said: Any) -> formats.Layout:
             f"layout has the axes {list(axes)} and {list(out_axes)}; expected each axis of "
             f"{list(shape)} once, counted from the end"
         )
-    return formats.Layout(shape, axes, out_axes)
+    layout = formats.Layout(shape, axes, out_axes)
+    if said["parts"] is None:
+        return layout
+    parts = _ints("layout.parts", said["parts"], 1)
+    if len(parts) != 2 or any(
+        n % p for n, p in zip(layout.matrix, parts, strict=False)
+    ):
+        raise ValueError(
+            f"layout.parts is {list(parts)}; expected two numbers that divide the matrix "
+            f"{list(layout.matrix)}"
+        )
+    return dataclasses.replace(layout, parts=(parts[0], parts[1]))
 
 
 def _ints(name: str, x: Any, least: int) -> tuple[int, ...]:

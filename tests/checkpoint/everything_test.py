@@ -199,6 +199,30 @@ def test_from_8_devices_to_4_to_1(tmp_path, kind):
         jp.checkpoint.save(path, back)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_packed_in_parts(tmp_path, kind):
+    """Packed leaves that are sharded come back so, from folders and from files."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), (kind,) * 2)
+    w, tree = _weights((64, 64)), {}
+    placed = jax.device_put(w, NamedSharding(mesh, P("x", "y")))
+    for name, structure in {
+        "nm": jp.NM(2, 4), "blocks": jp.Block(8, 8), "bitmap": jp.Unstructured(),
+    }.items():  # fmt: skip
+        _, masks = jp.prune({"k": placed}, sparsity=0.5, structure=structure)
+        tree[name] = jp.formats.pack(placed, masks["k"], structure)
+        assert tree[name].layout.parts == (4, 2)
+    jp.checkpoint.save(tmp_path / "a", tree)
+    jp.checkpoint.save_safetensors(tmp_path / "a.safetensors", tree)
+    host = jax.tree.map(np.asarray, tree)
+    for like in (None, tree):
+        back = jp.checkpoint.restore(tmp_path / "a", like=like)
+        _equal(jax.tree.map(np.asarray, back), host)
+        back = jp.checkpoint.load_safetensors(tmp_path / "a.safetensors", like=like)
+        _equal(jax.tree.map(np.asarray, back), host)
+    for x, y in zip(*map(jax.tree.leaves, (back, tree)), strict=True):
+        assert x.sharding == y.sharding
+
+
 def test_sums_are_those_of_the_host_and_see_every_bit():
     mesh = jax.make_mesh((4, 2), ("x", "y"), (AxisType.Explicit,) * 2)
     for dtype in ("bfloat16", "float32", "int8", "bool", "int4", "complex64"):

@@ -576,7 +576,7 @@ def test_metadata_that_are_damaged(tmp_path):
     _refused(path, "the metadata cannot be read")
 
 
-_LAYOUT = {"shape": [8, 8], "axes": [-2], "out_axes": [-1]}
+_LAYOUT = {"shape": [8, 8], "axes": [-2], "out_axes": [-1], "parts": None}
 
 
 @pytest.mark.parametrize(
@@ -586,7 +586,7 @@ _LAYOUT = {"shape": [8, 8], "axes": [-2], "out_axes": [-1]}
         ("bitmap", {"layout": _LAYOUT | {"shape": [7, 8]}}, "set beyond the 7 rows"),
         ("bitmap", {"layout": _LAYOUT | {"shape": [1 << 40, 1 << 40]}}, "fewer weights"),
         ("bitmap", {"layout": _LAYOUT | {"axes": [-1]}}, "expected each axis of"),
-        ("bitmap", {"layout": 5}, "layout is 5; expected shape, axes and out_axes"),
+        ("bitmap", {"layout": 5}, "layout is 5; expected shape, axes, out_axes"),
         ("bitmap", {"more": 5}, r"it has \['layout', 'more'\]; expected layout of it"),
         ("blocks", {"layout": _LAYOUT | {"shape": [4, 8]}}, "do not go column by column"),
         ("nm", {"n": 5}, "5 of every 4 are kept; expected fewer"),
