@@ -1,0 +1,81 @@
+"""Several processes, as on a pod: the same masks, sharded checkpoints, kills."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import agreement
+import killed
+import processes
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = 900  # seconds; on a quiet machine each start takes some ten
+
+
+def _quickly(monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
+def test_two_processes_give_the_masks_of_one(tmp_path):
+    names = ["rigl", "gmp, 2:4", "sparsegpt, 2:4"]
+    args = argparse.Namespace(only=names, steps=30, timeout=TIMEOUT)
+    one = agreement.spawn(tmp_path, (1, 1, "auto"), args)
+    many = agreement.spawn(tmp_path, (2, 4, "explicit"), args)
+    rows = agreement.compare(one, many)
+    assert list(rows) == sorted(names)
+    for name, row in rows.items():
+        assert row["same"] is not False, name
+        assert row["loss"] <= 1e-4, name
+        assert row["masks"] >= 0.999, name
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_killed_and_restarted(number, tmp_path, monkeypatch):
+    """In training, in a mask update and in a save; of two processes, one."""
+    _quickly(monkeypatch)
+    args = argparse.Namespace(
+        kills=3, counts=[number], method="rigl", steps=60,
+        seed=number, timeout=TIMEOUT,
+    )  # fmt: skip
+    rows = killed.disturbed(args, number, tmp_path)  # which compares all of the state
+    assert len(rows) == args.kills
+
+
+def test_the_example_holds_a_share_of_each_weight(tmp_path, monkeypatch):
+    """Saved by two processes, restored in one; the same bits."""
+    _quickly(monkeypatch)
+    command = [str(ROOT / "examples" / "pod_pruning.py"), "--folder", str(tmp_path)]
+    said = processes.run(
+        [*command, "--steps", "12"], processes=2, devices=2, timeout=TIMEOUT
+    )
+    for i in range(2):
+        assert f"process {i} holds 0.500 of a weight" in said[i]
+    there = processes.run(
+        [*command, "--restore"], processes=1, devices=8, timeout=TIMEOUT
+    )
+    for text in (said[0], there[0]):
+        assert "equal when unpacked: True" in text
+    assert _fingerprint(said[0]) == _fingerprint(there[0])
+
+
+def _fingerprint(text):
+    (found,) = [x.split()[1] for x in text.splitlines() if x.startswith("fingerprint")]
+    return found
+
+
+def test_a_process_that_fails_ends_the_others(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, time\n"
+        "if '--process' in sys.argv and sys.argv[-1] == '1':\n"
+        "    sys.exit('one is enough')\n"
+        "time.sleep(1000)\n"
+    )
+    with pytest.raises(
+        processes.FailedError, match=r"process 1 ended.*\n*one is enough"
+    ):
+        processes.run([str(script)], processes=2, devices=1, timeout=TIMEOUT)
