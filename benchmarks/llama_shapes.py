@@ -52,11 +52,11 @@ LAYER = {
     "mlp_scale": P(None),
 }
 TOP = {"embed": P("tensor", "fsdp"), "scale": P(None), "head": P("fsdp", "tensor")}
-# What a leaf is contracted over, for structures: the axes of [..., K, N].
+# What a leaf is contracted over, for structures; the last match decides.
 CONTRACTED = {
+    "*": -2,
     "layers/[qkv]": -3,
     "layers/o": (-3, -2),
-    "*": -2,
 }
 
 

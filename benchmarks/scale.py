@@ -314,9 +314,8 @@ def table(rows: list[dict]) -> str:
     for name, row in by_name.items():
         if not name.endswith(", update"):
             continue
-        where, method = name.removesuffix(", update").rsplit("x", 1)
-        chips, method = method.split(", ", 1)
-        pod = f"{where}x{chips}"
+        model, topology, method = name.removesuffix(", update").split(", ", 2)
+        pod = f"{model}, {topology}"
         step, plain = (by_name.get(f"{pod}, {m}, step") for m in (method, "adamw"))
         share = row["temporaries"] / row["weights"]
         moved = sum(n for _, n in row["collectives"].values()) / 1024

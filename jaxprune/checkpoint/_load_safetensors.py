@@ -40,7 +40,7 @@ def load_safetensors(
 
     Args:
       path: a file; or a folder with `model.safetensors.index.json`, or with one file.
-      like: a tree of arrays or of `jax.ShapeDtypeStruct`s, packed weights of these among
+      like: a tree of arrays or of `jax.ShapeDtypeStruct`, packed weights of these among
         them, in whose containers and with whose shardings everything comes back. An array
         with a sharding is read shard by shard: each device gets its own part of the file,
         and no process holds more of it than its devices do. By default, dicts, lists and

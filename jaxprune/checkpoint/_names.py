@@ -110,7 +110,7 @@ def from_huggingface(
     Args:
       tensors: `{name: array}`, as `load_safetensors(path, separator="")` gives it.
       names: a table such as `LLAMA` or `BERT`, or rules of one's own.
-      like: a tree of arrays or of `jax.ShapeDtypeStruct`s, with the parameters of the
+      like: a tree of arrays or of `jax.ShapeDtypeStruct`, with the parameters of the
         model. Each of them must get a tensor, and has its axes (heads, and their
         dimensions) from here. By default, dicts and lists by the paths of the rules, and
         kernels of two axes.
@@ -182,8 +182,8 @@ def to_huggingface(params: PyTree, names: Sequence[Rule]) -> dict[str, Tensor]:
       names: a table such as `LLAMA` or `BERT`, or rules of one's own.
 
     Returns:
-      `{name: array}`, for `save_safetensors`. With a `config.json` beside the file, the
-      library `transformers` loads it.
+      Arrays by their names, for `save_safetensors`. With a `config.json` beside the file,
+      the library `transformers` loads it.
 
     Raises:
       ValueError: naming parameters that no rule fits, or several of one name.
