@@ -1,6 +1,6 @@
 r"""Training that is killed at random moments, restarted, and compared bit for bit.
 
-    python benchmarks/killed.py [--kills 25] [--counts 1 2]
+    python benchmarks/killed.py [--kills 50] [--counts 1 2]
 
 A run trains a sparse network on two devices, in one process or in two, saves every few
 steps, and goes on from its newest checkpoint when it is started. It is killed with
@@ -312,7 +312,7 @@ def outlived(running) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=25, help="for each count")
+    parser.add_argument("--kills", type=int, default=50, help="in all")
     parser.add_argument("--method", default="rigl", choices=("rigl", "granet"))
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--seed", type=int, default=0)
