@@ -52,7 +52,8 @@ def save_safetensors(
         Python numbers, strings and `None`; keys are strings without "/", or integers.
         Other containers (NNX states, modules, NamedTuples) come back as dicts of their
         fields, unless `load_safetensors` gets them as `like`.
-      overwrite: whether what is there is replaced.
+      overwrite: whether what is there is replaced. A folder is set aside as
+        `<path>.replaced` until the new one has its name.
       shard_bytes: the most bytes of tensors in a file of a folder, but for a leaf that is
         larger by itself. The folder gets `model.safetensors.index.json`, which says what
         lies in which file, as Hugging Face has it. By default all goes into one file.
