@@ -220,7 +220,10 @@ def listing(paths: Sequence[str], limit: int = 12) -> str:
 
 
 def _is_weight(path: str, leaf: Any) -> bool:
-    *owners, name = path.lower().split("/")
+    # Tensors of other libraries keep their dots in a dict of names.
+    *owners, name = re.split("[/.]", path.lower())
+    if name == "value" and owners:  # what held it came back from a file as a dict
+        *owners, name = owners
     if leaf.ndim < 2 or _NOT_WEIGHTS.fullmatch(name) or _TABLES.fullmatch(name):
         return False
     # Equinox and PyTorch spell tables `embedding/weight`, and scales `norm/weight`.

@@ -209,7 +209,7 @@ def _matrices(
     tree = {
         row.path.replace(".", "/"): jax.ShapeDtypeStruct(row.shape, row.dtype)
         for row, _ in _rows(path)
-        if row.kind == "array"
+        if row.kind not in ("value", "key", "packed mask")
     }
     chosen = _tree.select(tree, where)
     contracted = _axis_of(axis, _tree.paths(chosen))
@@ -238,7 +238,8 @@ def _placed(structure: Structure, axis: int | None, paths: Sequence[str]) -> Str
 
 
 def _axis_of(axis: int | None, paths: Sequence[str]) -> int:
-    others = [x for x in paths if x.split("/")[-1] != "kernel"]
+    names = [x.removesuffix("/value").split("/")[-1] for x in paths]
+    others = [x for x, name in zip(paths, names, strict=True) if name != "kernel"]
     if axis is None and others:
         raise ValueError(
             f"--axis is missing: how {_tree.listing(others, 3)} lie cannot be told from "

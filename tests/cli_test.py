@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import jaxprune as jp
@@ -202,6 +203,22 @@ def test_predict(here, capsys):
     assert [(x["path"], x["count"], x["shape"]) for x in found] == [
         ("layers/0/kernel", 2, [64, 64])
     ] * 2
+    _run(capsys, "prune", "model", "small", "--structure", "2:4", "--pack")
+    of_packed = json.loads(_run(capsys, "predict", "small", *argv))
+    assert of_packed == found
+
+
+def test_variables_that_came_back_as_dicts(here, capsys):
+    class Net(nnx.Module):
+        def __init__(self):
+            self.embed = nnx.Embed(16, 8, rngs=nnx.Rngs(0))
+            self.up = nnx.Linear(8, 16, rngs=nnx.Rngs(0))
+
+    jp.checkpoint.save("net", nnx.state(Net()))
+    _run(capsys, "prune", "net", "out", "--structure", "2:4")
+    back = jp.checkpoint.restore("out", like=nnx.state(Net()))
+    wanted, _ = jp.prune(nnx.state(Net()), structure=jp.NM(2, 4))
+    _equal(back, wanted)
 
 
 @pytest.mark.parametrize(

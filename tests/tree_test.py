@@ -154,8 +154,13 @@ def test_leaves_of_plain_dicts_that_are_no_weights():
         "none": None,
         "masked": optax.MaskedNode(),
         "learned": {"weight": MATRIX},
+        "names.wte.weight": MATRIX,
+        "names.h.0.ln_1.weight": MATRIX,
+        "names.h.0.mlp.weight": MATRIX,
+        "restored": {"embedding": {"value": MATRIX}, "kernel": {"value": MATRIX}},
     }
-    weights = ["dense/kernel", "haiku/w", "half", "learned/weight", "numpy", "shape"]
+    weights = ["dense/kernel", "haiku/w", "half", "learned/weight"]
+    weights += ["names.h.0.mlp.weight", "numpy", "restored/kernel/value", "shape"]
     assert _chosen(stacked) == weights
     everything = {*_chosen(stacked, "*")}
     assert {"vector", "scalar", "norm/var", "torch/wpe"} <= everything

@@ -82,15 +82,25 @@ def write(path: pathlib.Path, text: str) -> None:
 
 def publish(part: pathlib.Path, path: pathlib.Path, *, overwrite: bool) -> None:
     """Gives a finished folder its name."""
-    old = None
+    old = path.with_name(path.name + ".replaced")
     if overwrite and path.exists():
-        old = path.with_name(path.name + ".old")
         remove(old)
         path.rename(old)
     part.rename(path)
     _sync(path.parent)
-    if old:
+    if overwrite:  # also what a process left that was killed here
         remove(old)
+
+
+def others(path: pathlib.Path) -> list[str]:
+    """What would be lost beside a checkpoint if `path` were replaced."""
+    if not path.is_dir():
+        return [path.name] if path.exists() else []
+    inside = sorted(x.name for x in path.iterdir())
+    if "manifest.json" not in inside:
+        return inside
+    own = re.compile(r"manifest\.json|process_\d+\.json|arrays")
+    return [name for name in inside if not own.fullmatch(name)]
 
 
 def remove(path: pathlib.Path) -> None:

@@ -54,6 +54,8 @@ def flatten(tree: PyTree, argument: str) -> tuple[dict[str, Any], dict[str, str]
             x, is_leaf=lambda y: y is not x
         )
         keys = [_key(path[0]) for path, _ in children]
+        if not isinstance(x, Mapping | list | tuple):  # such as the list of a module
+            keys = [str(key) for key in keys]
         kind = _kind(x, keys)
         if kind != "dict" or not children:
             containers[name] = kind

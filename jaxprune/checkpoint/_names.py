@@ -121,6 +121,7 @@ def from_huggingface(
     Raises:
       ValueError: naming tensors that no rule fits, or that have no place in `like`;
         parameters that no tensor is for; or shapes that do not fit.
+      TypeError: if a tensor is packed, or no array.
 
     Example:
       >>> tensors = {"pooler.dense.weight": jnp.ones((2, 3))}
@@ -140,6 +141,11 @@ def from_huggingface(
             continue
         if rule.ours is None:
             continue
+        if not hasattr(x, "ndim") or packed_tensors.is_packed(x):
+            raise TypeError(
+                f"tensors: {name} is a {type(x).__name__}; expected an array. Unpack "
+                "packed weights with jaxprune.formats.unpack_tree."
+            )
         path, stacked = _path(rule, number)
         here = found.setdefault(path, {})
         if (other := here.get(stacked)) is not None:

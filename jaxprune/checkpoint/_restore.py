@@ -161,10 +161,11 @@ class _Read(NamedTuple):
 
 def _read(path: pathlib.Path) -> _Read:
     if not (path / "manifest.json").is_file():
-        raise FileNotFoundError(
-            f"path: {path} is no complete checkpoint. Pass a folder that "
-            "jaxprune.checkpoint.save wrote."
-        )
+        old = path.with_name(path.name + ".replaced")
+        fix = "Pass a folder that jaxprune.checkpoint.save wrote."
+        if not path.exists() and (old / "manifest.json").is_file():
+            fix = f"{old} is the one that was being replaced; rename it."
+        raise FileNotFoundError(f"path: {path} is no complete checkpoint. {fix}")
     try:
         body = _manifest.read(path / "manifest.json")
         _manifest.check(body)

@@ -11,11 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxprune import _tree
 from jaxprune._tree import PyTree
 from jaxprune.checkpoint import _files, _manifest, _sums
 
 _NUMBERS = itertools.count()  # of barriers: no two may have one name
 _PATIENCE = 3600  # seconds that processes wait for one another
+_UNDERWAY: dict[pathlib.Path, "concurrent.futures.Future[None]"] = {}
 
 
 def save(
@@ -35,10 +37,11 @@ def save(
         and packed weights stay packed; a structured plan goes in as `plan.to_dict()`, a
         data iterator as its `get_state()`. Arrays that each process has for itself must
         be the same in all of them; numbers, strings and bytes need not.
-      overwrite: whether an existing folder is replaced.
+      overwrite: whether an existing checkpoint is replaced; nothing else ever is.
 
     Raises:
       FileExistsError: if the folder exists and `overwrite` is False.
+      ValueError: if what is there is no checkpoint, or holds other files too.
       TypeError: if the tree holds what cannot be saved.
 
     Example:
@@ -60,7 +63,8 @@ def save_async(
     The arrays are copied before this returns: they may be donated or overwritten at once.
 
     Args:
-      path: a folder that does not exist yet; one save to a path at a time.
+      path: a folder that does not exist yet. A save to the same path that is still under
+        way is waited for.
       tree: see `save`.
       overwrite: see `save`.
 
@@ -70,6 +74,7 @@ def save_async(
 
     Raises:
       FileExistsError: if the folder exists and `overwrite` is False.
+      ValueError: if what is there is no checkpoint, or holds other files too.
       TypeError: if the tree holds what cannot be saved.
 
     Example:
@@ -82,12 +87,20 @@ def save_async(
     """
     finish = _begin(path, tree, overwrite)
     future: concurrent.futures.Future[None] = concurrent.futures.Future()
+    place = pathlib.Path(path).absolute()
+    _UNDERWAY[place] = future
 
     def run() -> None:
+        error = None
         try:
-            future.set_result(finish())
+            finish()
         except BaseException as e:
-            future.set_exception(e)
+            error = e
+        del _UNDERWAY[place]
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
 
     threading.Thread(target=run, name=f"save {path}").start()
     return future
@@ -100,9 +113,12 @@ def _begin(
     from orbax.checkpoint import v1 as ocp  # slow to import, and few programs need it
 
     path = pathlib.Path(path).absolute()
+    if earlier := _UNDERWAY.get(path):
+        concurrent.futures.wait([earlier])  # it has the same folder for its files
     barriers = [f"jaxprune save {next(_NUMBERS)}" for _ in range(5)]
-    exists = path.exists()
+    exists, lost = path.exists(), _files.others(path)
     contents = _manifest.take_apart(tree, "tree")
+    _check_types(contents)
     arrays = [_as_saved(x) for x in contents.arrays]
     sums = [_sums.start(x) for x in arrays]
     _wait(barriers[0])  # all have looked whether it exists
@@ -110,6 +126,11 @@ def _begin(
         raise FileExistsError(
             f"path: {path} exists already. Choose another folder, one for each step, or "
             "pass overwrite=True."
+        )
+    if lost:
+        raise ValueError(
+            f"path: {path} would be replaced, but is no checkpoint, or holds other things "
+            f"too: {_tree.listing(lost, 5)}. Choose another folder, or remove them."
         )
     part = path.with_name(path.name + ".part")
     try:
@@ -162,10 +183,27 @@ def _context():
     return context
 
 
+def _check_types(contents: _manifest.Contents) -> None:
+    """Raises `TypeError` where Orbax would write nothing, or nothing that it can read."""
+    import tensorstore
+
+    for leaf, x in contents.leaves.items():
+        if not hasattr(x, "dtype") or _tree.is_key(x):
+            continue
+        try:
+            tensorstore.dtype(np.dtype(x.dtype).newbyteorder("=").name)
+        except (TypeError, ValueError) as e:
+            raise TypeError(
+                f"tree: {_manifest.spell(leaf)} has the type {x.dtype}, which Orbax has "
+                "not. Convert it to another one, or save with save_safetensors."
+            ) from e
+
+
 def _as_saved(x: Any) -> Any:
     """An array that Orbax takes; what belongs to one process only goes to the host."""
     if not isinstance(x, jax.Array):
-        return np.asarray(x)
+        x = np.asarray(x)
+        return x.astype(x.dtype.newbyteorder("="), copy=False)
     if jax.process_count() > 1 and x.is_fully_addressable:
         return np.asarray(x)
     return x

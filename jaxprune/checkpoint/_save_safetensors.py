@@ -7,7 +7,6 @@ import json
 import math
 import os
 import pathlib
-import shutil
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import numpy as np
 
 from jaxprune import _tree
 from jaxprune._tree import PyTree
+from jaxprune.checkpoint import _files as files
 from jaxprune.checkpoint import _named_trees as named_trees
 from jaxprune.checkpoint import _narrow as narrow
 from jaxprune.checkpoint import _packed_tensors as packed_tensors
@@ -52,7 +52,8 @@ def save_safetensors(
         Python numbers, strings and `None`; keys are strings without "/", or integers.
         Other containers (NNX states, modules, NamedTuples) come back as dicts of their
         fields, unless `load_safetensors` gets them as `like`.
-      overwrite: whether what is there is replaced.
+      overwrite: whether what is there is replaced. A folder is set aside as
+        `<path>.replaced` until the new one has its name.
       shard_bytes: the most bytes of tensors in a file of a folder, but for a leaf that is
         larger by itself. The folder gets `model.safetensors.index.json`, which says what
         lies in which file, as Hugging Face has it. By default all goes into one file.
@@ -82,18 +83,18 @@ def save_safetensors(
     _check_free(path, overwrite, folder=shard_bytes is not None)
     described = _describe(_tree.bare(tree))
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    files.remove(part)  # in a container, processes get the same numbers again
     try:
         if shard_bytes is None:
             _write([part], [described.items], described)
         else:
             _write_folder(part, described, shard_bytes)
-            if path.exists():
-                shutil.rmtree(path)
-        os.replace(part, path)
+        if path.is_dir():
+            files.publish(part, path, overwrite=True)
+        else:
+            os.replace(part, path)
     finally:
-        if part.is_dir():
-            shutil.rmtree(part)
-        part.unlink(missing_ok=True)
+        files.remove(part)
 
 
 class _Item(NamedTuple):
@@ -223,9 +224,9 @@ def _write(
         return tensor_file.header(placed[i], metadata)
 
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(path, "xb")) for path in paths]
+        opened = [stack.enter_context(open(path, "xb")) for path in paths]
         sums = []
-        for i, (file, part) in enumerate(zip(files, parts, strict=True)):
+        for i, (file, part) in enumerate(zip(opened, parts, strict=True)):
             room = len(header(i, dict.fromkeys(placed[i], 0), 0))
             if room > tensor_file.MOST_HEADER:
                 raise ValueError(
@@ -238,7 +239,7 @@ def _write(
                 return _bytes_of(items[name])
 
             sums.append(tensor_file.write(file, placed[i], fetched, room))
-        for i, file in enumerate(files):
+        for i, file in enumerate(opened):
             tensor_file.write_header(file, header(i, sums[i], together(sums)))
 
 

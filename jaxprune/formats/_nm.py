@@ -255,7 +255,8 @@ def _places_of(bits: Array, n: int) -> Int[Array, "... n N"]:
 
 def _as_bits(x: Array) -> UInt[Array, "..."]:
     """Floats as integers, since floats are not sure to keep the bits of a NaN."""
-    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    info = jnp.finfo if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo
+    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{info(x.dtype).bits}"))
 
 
 # Both are sums of which one term at most is not 0: that needs no gather or scatter, and XLA

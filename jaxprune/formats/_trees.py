@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import core
 from jaxtyping import Array, Bool
 
 from jaxprune import _tree
@@ -44,7 +45,8 @@ def pack_tree(
 
     Raises:
       ValueError: if masks do not fit `params`, a pattern matches nothing, none matches a
-        leaf with a mask, or a leaf or mask does not have the structure.
+        leaf with a mask, or a leaf or mask does not have the structure; or if none is
+        given under `jax.jit`.
 
     Example:
       >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}
@@ -111,6 +113,11 @@ def _packed(path: str, w: Array, mask: Any, structure: Any) -> Any:
 
 def _smallest(w: Array, mask: Bool[Array, "..."]) -> Any:
     """What takes the fewest bytes; `None` is the dense leaf."""
+    if isinstance(mask, core.Tracer):
+        raise ValueError(
+            "structure: got None under jax.jit, where it cannot be looked for; expected "
+            "one, or one for each pattern. Pass it, or call this outside of jax.jit."
+        )
     best, least = None, w.size * w.dtype.itemsize
     for structure, options in _candidates(w, mask):
         packed = jax.eval_shape(
@@ -128,7 +135,8 @@ def _candidates(
     if w.ndim < 2 or not w.size:
         return
     *_, k, n = w.shape
-    for m in _GROUPS:
+    grouped = any(jnp.issubdtype(w.dtype, t) for t in (jnp.floating, jnp.integer))
+    for m in _GROUPS if grouped else ():
         if k % m == 0 and 0 < (most := int(_most_in_group(mask, m))) < m:
             yield NM(most, m), {}
     for extent in _BLOCKS:

@@ -89,6 +89,14 @@ def test_optimizer_states_come_back_as_dicts_without_a_template(tmp_path):
     _equal(back[0]["mu"], state[0].mu)
 
 
+def test_another_order_of_bytes(tmp_path):
+    x = np.arange(5.0, dtype=">f4")
+    jp.checkpoint.save(tmp_path / "a", {"w": x})
+    back = jp.checkpoint.restore(tmp_path / "a")
+    assert back["w"].dtype == np.float32
+    np.testing.assert_array_equal(back["w"], x)
+
+
 def test_metadata(tmp_path):
     w = _weights()
     bitmap = _packed(w)["bitmap"]
@@ -148,6 +156,42 @@ def test_what_goes_wrong_in_the_background_is_raised(tmp_path, monkeypatch):
     monkeypatch.undo()
     jp.checkpoint.save(tmp_path / "a", {"w": jnp.ones(3)})  # what was left is removed
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_save_waits_for_another_to_the_same_path(tmp_path):
+    path, x = tmp_path / "a", jnp.zeros(300_000)
+    savings = [
+        jp.checkpoint.save_async(path, {"w": x + i}, overwrite=True) for i in range(3)
+    ]
+    for saving in savings:
+        saving.result()
+    _equal(jp.checkpoint.restore(path), {"w": x + 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_only_checkpoints_are_replaced(tmp_path):
+    path, tree = tmp_path / "a", {"w": jnp.ones(3)}
+    path.mkdir()
+    jp.checkpoint.save(path, tree, overwrite=True)  # in place of an empty folder
+    (path / "notes.txt").write_text("mine")
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    (tmp_path / "file").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for name, lost in (("a", "notes.txt"), ("folder", "inside"), ("file", "file")):
+        with pytest.raises(ValueError, match=f"path: .*{name} would be.*: {lost}"):
+            jp.checkpoint.save(tmp_path / name, tree, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_killed_while_one_checkpoint_took_the_place_of_another(tmp_path):
+    path, tree = tmp_path / "a", {"w": jnp.ones(3)}
+    jp.checkpoint.save(path, tree)
+    path.rename(tmp_path / "a.replaced")
+    with pytest.raises(FileNotFoundError, match=r"a\.replaced is the one.*rename it"):
+        jp.checkpoint.restore(path)
+    jp.checkpoint.save(path, {"w": jnp.zeros(3)}, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    _equal(jp.checkpoint.restore(path), {"w": jnp.zeros(3)})
 
 
 def test_a_data_iterator_goes_on_at_the_same_element(tmp_path):
@@ -296,6 +340,11 @@ def test_trees_that_cannot_be_saved(tmp_path):
         jp.checkpoint.save(tmp_path / "a", {"f": [_weights]})
     with pytest.raises(TypeError, match=r"tree: a has the key 1\.5; expected strings"):
         jp.checkpoint.save(tmp_path / "a", {"a": {1.5: jnp.ones(2)}})
+    for x in (jnp.ones(3, jnp.uint4), np.zeros(3, [("x", "f4")])):
+        with pytest.raises(
+            TypeError, match="tree: x/y has the type .*, which Orbax has"
+        ):
+            jp.checkpoint.save(tmp_path / "a", {"x": {"y": x}})
     assert not list(tmp_path.iterdir())
 
 

@@ -197,6 +197,12 @@ def test_what_else_is_refused():
         ValueError, match=r"a.weight has the shape \(3,\); expected 2 axes"
     ):
         from_huggingface({"a.weight": np.ones(3)}, [kernel])
+    packed = formats.pack(jnp.eye(4), jnp.eye(4) > 0, structures.Unstructured())
+    for x, kind in ((packed, "BitmapArray"), (None, "NoneType")):
+        with pytest.raises(
+            TypeError, match=f"tensors: a.weight is a {kind}; .*unpack_tr"
+        ):
+            from_huggingface({"a.weight": x}, [kernel])
     like = {"a": {"kernel": np.ones((2, 3))}}
     with pytest.raises(
         ValueError, match=r"turned to \(3, 2\), is for a/kernel of the shape"

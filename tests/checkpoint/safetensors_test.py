@@ -1,6 +1,7 @@
 """Trees in safetensors files: round trips, other readers, what is refused and why."""
 
 import dataclasses
+import functools
 import json
 import os
 import struct
@@ -139,7 +140,9 @@ def test_other_containers_come_back_in_those_of_like(tmp_path):
         def __init__(self):
             self.layers = nnx.List([nnx.Linear(3, 4, rngs=nnx.Rngs(0))])
 
-    state = nnx.state(Net())
+    module = Net()
+    _equal(_there_and_back(tmp_path, module, like=module), module)
+    state = nnx.state(module)
     linear = eqx.nn.Linear(3, 4, key=jax.random.key(0))
     adam = optax.adam(0.1).init({"w": jnp.ones(3)})
     tree = {"nnx": state, "eqx": eqx.filter(linear, eqx.is_array), "adam": adam}
@@ -300,6 +303,36 @@ def test_appears_only_when_complete(tmp_path, monkeypatch):
             save(tree={"a": _w(4)}, **kw)
     assert os.listdir(tmp_path) == ["model.safetensors"]
     _equal(load(path), {"a": _w(3)})
+
+
+def test_what_a_process_of_the_same_number_left_is_removed(tmp_path):
+    save = jp.checkpoint.save_safetensors
+    (tmp_path / f"a.safetensors.{os.getpid()}.part").write_text("half")
+    (tmp_path / f"b.{os.getpid()}.part").mkdir()
+    save(tmp_path / "a.safetensors", {"a": _w(3)})
+    save(tmp_path / "b", {"a": _w(3)}, shard_bytes=9)
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "b"]
+
+
+def test_a_folder_is_whole_whenever_it_is_replaced(tmp_path, monkeypatch):
+    """One interrupted while the old folder is removed has the new one in place."""
+    path, load = tmp_path / "b", jp.checkpoint.load_safetensors
+    save = functools.partial(
+        jp.checkpoint.save_safetensors, path, shard_bytes=9, overwrite=True
+    )
+    save({"a": _w(3)})
+
+    def stop(folder, **_):
+        next(iter(folder.iterdir())).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            save({"a": _w(4)})
+    _equal(load(path), {"a": _w(4)})
+    save({"a": _w(5)})
+    assert os.listdir(tmp_path) == ["b"]
 
 
 def test_arrays_are_fetched_one_by_one(tmp_path, monkeypatch):

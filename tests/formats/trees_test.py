@@ -78,3 +78,29 @@ def test_what_does_not_fit(structure, message):
     )
     with pytest.raises(ValueError, match=message):
         jp.formats.pack_tree(params, masks, structure)
+
+
+@pytest.mark.parametrize("dtype", ["int2", "int4", "uint4", "float4_e2m1fn"])
+def test_types_narrower_than_a_byte(dtype):
+    w = jax.random.randint(jax.random.key(0), (64, 32), -2, 2).astype(dtype)
+    mask = jnp.broadcast_to(jnp.arange(64)[:, None] % 4 < 2, w.shape)
+    packed = jp.formats.pack_tree({"k": w}, {"k": mask})["k"]
+    assert isinstance(packed, NMArray) and packed.dtype == dtype
+    back = np.asarray(jp.formats.unpack(packed))
+    np.testing.assert_array_equal(back, np.where(mask, w, np.zeros((), w.dtype)))
+
+
+def test_types_without_groups_are_packed_in_other_formats():
+    w = jnp.full((64, 32), 1 + 2j)
+    mask = jnp.broadcast_to(jnp.arange(64)[:, None] % 4 < 2, w.shape)
+    packed = jp.formats.pack_tree({"k": w}, {"k": mask})["k"]
+    assert isinstance(packed, BitmapArray)
+    np.testing.assert_array_equal(jp.formats.unpack(packed), np.where(mask, w, 0))
+
+
+def test_the_smallest_is_not_looked_for_under_jit():
+    tree = {"k": jnp.ones((8, 4))}
+    with pytest.raises(
+        ValueError, match=r"structure: got None under jax.jit, .*Pass it"
+    ):
+        jax.jit(jp.formats.pack_tree)(tree, {"k": tree["k"] > 0})
