@@ -105,7 +105,7 @@ def total(counts: UInt32[Array, "..."], bound: int, *, lead: int = 0) -> Wide:
       lead: how many axes stay.
     """
     axes = range(lead, counts.ndim)
-    if bound < _WORD:
+    if bound < _WORD or not axes:
         return narrow(jnp.sum(counts, tuple(axes), dtype=jnp.uint32))
     # As much as fits in one sum: on a mesh, what is left of the array moves between devices.
     share = -(-bound // max(math.prod(counts.shape[a] for a in axes), 1))

@@ -145,7 +145,7 @@ def multiply(
         y = over_stack(sums, size)(rows, packed)
         y = reduce(y) if reduce else y
         y = over_stack(finish, size)(*varying(y, bias))
-        return y.reshape(*x.shape[:-1], -1)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     ndim = len(stack) + (2 if packed.layout.parts else 0)
     return on_mesh(local, x, packed, bias, stack=len(stack), ndim=ndim)
@@ -234,7 +234,7 @@ def on_mesh(
     taken = {name for names in (*leading, *rows[stack:-1]) for name in _names(names)}
     k, n = theirs[stack : stack + 2]
     k = None if taken & {*_names(k)} else k
-    if rows[-1] and rows[-1] != k:
+    if rows[-1] != k and shards(x, -1) > 1:
         raise ValueError(
             f"x: it is {jax.typeof(x)}, sharded along the axis that is contracted; "
             "expected that axis whole, on a mesh with explicit axes, or sharded as the "
@@ -288,7 +288,9 @@ def placed_as(x: Array, like: Array) -> Array:
     sharding = jax.typeof(like).sharding
     if not sharding.mesh.explicit_axes or _spec(x) == _spec(like):
         return x
-    return jax.sharding.reshard(x, sharding)
+    if isinstance(x, core.Tracer) or not _is_there(like):
+        return jax.sharding.reshard(x, sharding)
+    return jax.device_put(x, like.sharding)
 
 
 def sharded(x: Array) -> bool:

@@ -108,6 +108,11 @@ def test_total_of_a_large_leaf_leaves_one_short_axis_behind():
     assert _wide._at_once((2, 80, 1024, 28672), (1, 2, 3), 32) == (3, 2)
 
 
+def test_total_of_no_axes():
+    """Nothing to sum, whatever the bound says."""
+    assert int(_wide.total(jnp.uint32(7), 2**33)) == 7
+
+
 def test_total_beyond_one_word():
     counts = jnp.full((2048, 512), 4095 * 16, jnp.uint32)  # 6.9e10
     assert int(_wide.total(counts, 2**40)) == 4095 * 16 * 2048 * 512

@@ -53,7 +53,14 @@ class Place(NamedTuple):
         sharding = NamedSharding(self.mesh, PartitionSpec(*spec))
         if not isinstance(x, core.Tracer) and isinstance(self.mesh, Mesh):
             return jax.device_put(x, sharding)
-        if AxisType.Explicit in self.mesh.axis_types:
+        if self.mesh.explicit_axes:
+            # Auto axes have no place in a type; `run` divides along them.
+            named = (_several(names) for names in spec)
+            spec = tuple(
+                tuple(n for n in names if n in self.mesh.explicit_axes)
+                for names in named
+            )
+            sharding = NamedSharding(self.mesh, PartitionSpec(*spec))
             return jax.sharding.reshard(x, sharding)
         return jax.lax.with_sharding_constraint(x, sharding)
 
@@ -105,6 +112,8 @@ def of_leaf(
         parts = rows, cols
     if parts is not None:
         packed += tuple(ends)
+    else:  # One shard: nothing keeps the names of axes of the mesh that have one device.
+        leaf[batch:] = [None] * len(layout.shape)
     place = Place(mesh, tuple(leaf), packed, (rows, cols), names)
     return place, dataclasses.replace(layout, parts=parts)
 
@@ -175,9 +184,14 @@ def _is_unknown(x: Any) -> bool:
     return isinstance(x, core.Tracer) and not jax.typeof(x).sharding.mesh.explicit_axes
 
 
+def _several(names: Any) -> tuple:
+    if names is None:
+        return ()
+    return names if isinstance(names, tuple) else (names,)
+
+
 def _size(mesh: Any, names: Any) -> int:
-    names = names if isinstance(names, tuple) else (names,)
-    return math.prod(mesh.shape[n] for n in names if n is not None)
+    return math.prod(mesh.shape[n] for n in _several(names))
 
 
 def _checked(

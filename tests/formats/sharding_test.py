@@ -123,6 +123,31 @@ def test_axes_that_are_flattened(kind):
             assert unpack(packed).sharding.is_equivalent_to(w.sharding, 3)
 
 
+@pytest.mark.parametrize("kind", MESHES)
+def test_one_shard_is_packed_whole(kind):
+    """Axes of a mesh that have one device divide nothing."""
+    plain, kept = make("nm", (K, N))
+    mesh = jax.make_mesh((1, 8), ("data", "model"), axis_types=(kind,) * 2)
+    w, mask = jax.device_put((plain, kept), NamedSharding(mesh, P("data")))
+    packed = pack(w, mask, jp.NM(2, 4))
+    assert packed.layout.parts is None
+    np.testing.assert_array_equal(unpack(packed), np.where(kept, plain, 0))
+
+
+@pytest.mark.parametrize("explicit", [0, 1])
+def test_a_mesh_of_both_kinds(explicit):
+    plain, kept = make("nm", (K, N))
+    kinds = [AxisType.Auto] * 2
+    kinds[explicit] = AxisType.Explicit
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=tuple(kinds))
+    w, mask = jax.device_put((plain, kept), NamedSharding(mesh, P("data", "model")))
+    packed = pack(w, mask, jp.NM(2, 4))
+    assert packed.layout.parts == (2, 4)
+    back = unpack(packed)
+    assert back.sharding.is_equivalent_to(w.sharding, w.ndim)
+    np.testing.assert_array_equal(back, np.where(kept, plain, 0))
+
+
 def test_parts_move_to_another_mesh():
     """What was packed on eight devices goes on with two, or one."""
     shape, spec, _ = CASES["rows"]

@@ -162,3 +162,38 @@ def test_ragged_products_are_refused():
     x = place(AxisType.Explicit, jnp.ones((M, K)), P())
     with pytest.raises(ValueError, match="group_sizes: x is float32.*jax.shard_map"):
         jp.kernels.nm_matmul(x, packed, group_sizes=jnp.full(4, 4))
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_no_rows(name):
+    w, mask, _ = make(name, False)
+    weights = (w, mask)
+    if name != "masked_matmul":
+        weights = (pack(w, mask, STRUCTURES[name]),)
+    y = getattr(jp.kernels, name)(jnp.ones((3, 0, K)), *weights)
+    assert y.shape == (3, 0, N)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_mask_need_not_lie_as_its_weight_does(packed):
+    w, mask, x = make("masked_matmul", False)
+    kept = jp.masks.pack({"w": mask})["w"] if packed else np.asarray(mask)
+    there = place(AxisType.Explicit, w, P(None, "model"))
+    y = jp.kernels.masked_matmul(place(AxisType.Explicit, x, P("data")), there, kept)
+    np.testing.assert_allclose(y, x @ np.where(mask, w, 0), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["nm_matmul", "masked_matmul"])
+def test_axes_of_one_device(name):
+    """A script for a pod, where each axis of the mesh has one device."""
+    mesh = jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
+    w, mask, x = make(name, False)
+    specs = P(None, "model"), P("model", "data"), P("model", "data")
+    there = [
+        jax.device_put(a, NamedSharding(mesh, s))
+        for a, s in zip((x, w, mask), specs, strict=True)
+    ]
+    if name != "masked_matmul":
+        there = [there[0], pack(*there[1:], STRUCTURES[name])]
+    y = getattr(jp.kernels, name)(*there)
+    np.testing.assert_allclose(y, x @ np.where(mask, w, 0), atol=1e-4)
