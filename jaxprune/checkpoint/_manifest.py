@@ -176,10 +176,10 @@ def _static(data: dict[str, Any]) -> dict[str, Any]:
         k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
     }
     if "layout" in found:
-        fields = found["layout"].items()
-        found["layout"] = formats.Layout(
-            **{k: None if v is None else tuple(v) for k, v in fields}
-        )
+        fields: dict[str, Any] = {
+            k: None if v is None else tuple(v) for k, v in found["layout"].items()
+        }
+        found["layout"] = formats.Layout(**fields)
     return found
 
 
