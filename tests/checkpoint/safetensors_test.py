@@ -371,7 +371,7 @@ def test_arrays_are_fetched_one_by_one(tmp_path, monkeypatch):
         ({"a": np.ones(1, complex)}, TypeError, "a has the type complex128, which"),
         ({"a": jax.ShapeDtypeStruct((1,), int)}, TypeError, "a is a ShapeDtypeStruct"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else "",
 )  # fmt: skip
 def test_trees_that_cannot_be_saved(tmp_path, tree, error, message):
     with pytest.raises(error, match=message):
