@@ -164,6 +164,7 @@ def from_huggingface(
         )
     if wanted is not None:
         _check_paths(found, wanted)
+    _check_lengths(found)
     leaves = {
         path: _read(path, parts, None if wanted is None else wanted[path])
         for path, parts in found.items()
@@ -232,6 +233,26 @@ def to_huggingface(params: PyTree, names: Sequence[Rule]) -> dict[str, Tensor]:
             "leave them out."
         )
     return found
+
+
+def _check_lengths(
+    found: Mapping[str, Mapping[int | None, tuple[str, Rule, Tensor]]],
+) -> None:
+    """Raises `ValueError` if one stack of layers is shorter than another beside it."""
+    stacks: dict[str, dict[str, int]] = {}
+    for path, parts in found.items():
+        if (last := max((n for n in parts if n is not None), default=None)) is None:
+            continue
+        owner = parts[last][1].theirs.partition("{}")[0]
+        stacks.setdefault(owner, {})[path] = last + 1
+    for owner, lengths in stacks.items():
+        short, long = (f(lengths, key=lengths.__getitem__) for f in (min, max))
+        if lengths[short] != lengths[long]:
+            raise ValueError(
+                f"tensors: of {owner}... there are {lengths[short]} layers for {short} and "
+                f"{lengths[long]} for {long}; expected as many. Pass the tensors of all "
+                "files."
+            )
 
 
 def _compiled(names: Sequence[Rule], side: str) -> list[tuple[re.Pattern[str], Rule]]:

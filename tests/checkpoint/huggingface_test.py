@@ -131,6 +131,9 @@ def test_stacked_layers():
         ValueError, match=r"layers/mlp/up/kernel .* layers \[0, 2\]; expected"
     ):
         checkpoint.from_huggingface(tensors, names)
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    with pytest.raises(ValueError, match="1 layers for layers/mlp/up/kernel and 3 for"):
+        checkpoint.from_huggingface(tensors, names)
     with pytest.raises(ValueError, match="there are 3 layers, and like has the shape"):
         short = {"layers": {"attn_norm": {"scale": np.ones((2, 8))}}}
         name = "model.layers.{}.input_layernorm.weight"
