@@ -11,13 +11,13 @@ Expected before measuring: a second for the 7B, half of it in tracing the functi
 a tenth of one for the scan.
 """
 
-import dataclasses
 import statistics
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import llama_shapes
 import numpy as np
 
 from jaxprune import structured
@@ -25,33 +25,19 @@ from jaxprune import structured
 ROUNDS, LENGTH = 5, 512
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Sizes of a model."""
-
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    hidden: int
-    vocabulary: int = 32000
-    scanned: bool = False
-
-
 MODELS = {
-    "7B": Config(32, 4096, 32, 32, 11008),
-    "70B, scanned": Config(80, 8192, 64, 8, 28672, scanned=True),
-    "70B": Config(80, 8192, 64, 8, 28672),
+    "7B": (llama_shapes.MODELS["7B"], False),
+    "70B, scanned": (llama_shapes.MODELS["70B"], True),
+    "70B": (llama_shapes.MODELS["70B"], False),
 }
 
 
-def shapes(c: Config) -> Any:
+def shapes(c: llama_shapes.Config, scanned: bool) -> Any:
     """Parameters, as shapes."""
-    head = c.width // c.heads
     layer = {
         "n1": (c.width,), "n2": (c.width,),
-        "q": (c.width, c.heads, head), "k": (c.width, c.kv_heads, head),
-        "v": (c.width, c.kv_heads, head), "o": (c.heads, head, c.width),
+        "q": (c.width, c.heads, c.head), "k": (c.width, c.kv_heads, c.head),
+        "v": (c.width, c.kv_heads, c.head), "o": (c.heads, c.head, c.width),
         "gate": (c.width, c.hidden), "up": (c.width, c.hidden),
         "down": (c.hidden, c.width),
     }  # fmt: skip
@@ -59,7 +45,7 @@ def shapes(c: Config) -> Any:
     tree = {
         "embed": (c.vocabulary, c.width), "norm": (c.width,),
         "head": (c.width, c.vocabulary),
-        "layers": stacked if c.scanned else [layer] * c.layers,
+        "layers": stacked if scanned else [layer] * c.layers,
     }  # fmt: skip
     return jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16), tree,
@@ -108,9 +94,9 @@ def held() -> int:
     return sum(x.nbytes for x in jax.live_arrays())
 
 
-def row(name: str, c: Config) -> str:
+def row(name: str, c: llama_shapes.Config, scanned: bool) -> str:
     """A line of the table."""
-    params = shapes(c)
+    params = shapes(c, scanned)
     ids = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
     before = held()
 
@@ -118,7 +104,7 @@ def row(name: str, c: Config) -> str:
         jax.clear_caches()
         start = time.perf_counter()
         # A new function each time, so that none of it is remembered.
-        graph = structured.trace(lambda p, x: forward(c.scanned, p, x), params, ids)
+        graph = structured.trace(lambda p, x: forward(scanned, p, x), params, ids)
         return time.perf_counter() - start, graph
 
     spent, graphs = zip(*(traced() for _ in range(ROUNDS)), strict=True)
@@ -137,8 +123,8 @@ def main() -> None:
         "model", "10⁹ parameters", "groups", "seconds, median", "slowest", "bytes held",
     )  # fmt: skip
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for name, config in MODELS.items():
-        print(row(name, config), flush=True)
+    for name, (config, scanned) in MODELS.items():
+        print(row(name, config, scanned), flush=True)
 
 
 if __name__ == "__main__":

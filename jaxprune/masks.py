@@ -6,7 +6,6 @@ function here takes packed leaves as well.
 """
 
 import dataclasses
-import functools
 import math
 from typing import NamedTuple
 
@@ -273,19 +272,7 @@ def _to_bits(mask: Bool[Array, "..."], axis: int) -> UInt8[Array, "..."]:
         pads[axis] = (0, -mask.shape[axis] % 8)
         mask = jnp.pad(mask, pads)
     groups = _select.split_axis(mask, axis).astype(jnp.uint8)
-
-    def summed(groups: Array) -> Array:
-        places = _places(mask.ndim, axis)
-        return jnp.sum(groups << places, axis + 1, dtype=jnp.uint8)
-
-    def by_slices(groups: Array) -> Array:
-        bits = (lax.index_in_dim(groups, j, axis + 1, False) << j for j in range(8))
-        return functools.reduce(jnp.bitwise_or, bits)
-
-    if axis == mask.ndim - 1:
-        return summed(groups)
-    # XLA would store what is summed for TPU, and what is sliced for CPU, a byte a weight.
-    return lax.platform_dependent(groups, cpu=summed, default=by_slices)
+    return jnp.sum(groups << _places(mask.ndim, axis), axis + 1, dtype=jnp.uint8)
 
 
 def _places(ndim: int, axis: int) -> UInt8[Array, "8 ..."]:
