@@ -1,12 +1,13 @@
 r"""Training that is killed at random moments, restarted, and compared bit for bit.
 
-    python benchmarks/killed.py [--kills 50] [--counts 1 2]
+    python benchmarks/killed.py [--kills 50] [--counts 1 2] [--background]
 
 A run trains a sparse network on two devices, in one process or in two, saves every few
 steps, and goes on from its newest checkpoint when it is started. It is killed with
 `kill -9` again and again: at any moment of training, in a step that decides masks, and in
 the middle of a save (while the folder has not got its name yet). Of two processes one is
-killed, or both; what is left of them is stopped.
+killed, or both; what is left of them is stopped. With `--background` training goes on while
+`save_async` writes.
 
 Parameters, optimizer state, masks and the state of the data are hashed at each save and at
 the end. They must be those of a run that nobody disturbed, a restart must not lose more than
@@ -15,11 +16,13 @@ the steps since the last save that was finished, and no step may be missing.
 
 import argparse
 import collections
+import functools
 import hashlib
 import os
 import pathlib
 import random
 import re
+import sys
 import tempfile
 import time
 from typing import NamedTuple
@@ -168,14 +171,24 @@ def train(args):
                     "data": batches.get_state(),
                 }
                 say(f"save {i + 1} {digest((params, state))}")
-                jp.checkpoint.save(folder / f"step_{i + 1:06}", tree)
-                say(f"saved {i + 1}")
+                saving = jp.checkpoint.save_async(folder / f"step_{i + 1:06}", tree)
+                saving.add_done_callback(functools.partial(finished, i + 1))
+                if not args.background:
+                    saving.result()
         tree = (params, state, batches.get_state())
         say(f"end {args.steps} {digest(tree)}")
 
 
+def finished(step, saving):
+    if saving.exception():
+        say(f"failed {step} {saving.exception()!r}")
+        os._exit(1)
+    say(f"saved {step}")
+
+
 def say(line):
-    print(line, flush=True)
+    sys.stdout.write(f"{line}\n")  # at once: two threads talk
+    sys.stdout.flush()
 
 
 def read(text):
@@ -203,6 +216,7 @@ class Chain:
     def start(self):
         command = [__file__, "--folder", str(self.folder), "--method", self.args.method]
         command += ["--steps", str(self.args.steps)]
+        command += ["--background"] if self.args.background else []
         return processes.Running(
             command, processes=self.number, devices=2 // self.number
         )
@@ -252,12 +266,15 @@ def await_moment(kind, chain, running, chance):
 
 def seen(chain, running) -> str:
     """What was going on when the first process was killed."""
-    last = (running.output(0).splitlines() or [""])[-1].split(" ")[0]
-    parts = [p for p in chain.folder.iterdir() if not re.fullmatch(NAME, p.name)]
+    text = running.output(0)
+    words = [line.split(" ")[0] for line in text.splitlines()] or [""]
     doing = {"update": "mask update", "step": "step", "save": "save"}
+    found = doing.get(words[-1], "between steps")
+    parts = [p for p in chain.folder.iterdir() if not re.fullmatch(NAME, p.name)]
     # Folders of earlier kills may lie there; only a save can have begun one now.
-    begun = parts and last == "save"
-    return doing.get(last, "between steps") + (", folder begun" if begun else "")
+    if parts and words.count("save") > words.count("saved"):
+        found = found.removesuffix("save") + ", save begun"
+    return found.removeprefix(", ")
 
 
 def disturbed(args, number, root):
@@ -318,6 +335,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=float, default=900)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--background", action="store_true", help="by `save_async`")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     processes.arguments(parser)
     args = parser.parse_args()

@@ -1,10 +1,12 @@
 """Saving a tree through Orbax, with what it takes to know it again."""
 
-import concurrent.futures
+import concurrent.futures.thread
+import functools
 import itertools
 import os
 import pathlib
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -70,7 +72,8 @@ def save_async(
 
     Returns:
       A future, whose `result()` waits until the checkpoint is complete and raises what went
-      wrong. A program does not end before its checkpoints are written.
+      wrong. A program that comes to its end waits for its checkpoints, and prints what
+      went wrong with them.
 
     Raises:
       FileExistsError: if the folder exists and `overwrite` is False.
@@ -86,6 +89,7 @@ def save_async(
       [0, 1, 2]
     """
     finish = _begin(path, tree, overwrite)
+    _wait_at_the_end()
     future: concurrent.futures.Future[None] = concurrent.futures.Future()
     place = pathlib.Path(path).absolute()
     _UNDERWAY[place] = future
@@ -104,6 +108,21 @@ def save_async(
 
     threading.Thread(target=run, name=f"save {path}").start()
     return future
+
+
+@functools.cache
+def _wait_at_the_end() -> None:
+    """Lets the program end only when nothing is under way."""
+
+    def wait() -> None:
+        for future in list(_UNDERWAY.values()):
+            if error := future.exception():
+                traceback.print_exception(error)
+
+    # Orbax needs thread pools to write. Python ends these before it waits for threads, and
+    # `atexit` comes later still. What is registered here last, after they were imported,
+    # runs first; there is no public way.
+    threading._register_atexit(wait)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _begin(

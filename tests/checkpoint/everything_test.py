@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 
 import grain
 import jax
@@ -156,6 +158,30 @@ def test_what_goes_wrong_in_the_background_is_raised(tmp_path, monkeypatch):
     monkeypatch.undo()
     jp.checkpoint.save(tmp_path / "a", {"w": jnp.ones(3)})  # what was left is removed
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_program_waits_for_what_is_under_way_at_its_end(tmp_path):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    script = f"""
+import jax.numpy as jnp, jaxprune as jp
+from jaxprune.checkpoint import _files
+
+def publish(part, path, publish=_files.publish, **options):
+    if path.name == "bad":
+        raise OSError("no space left")
+    publish(part, path, **options)
+
+_files.publish = publish
+tree = {{"w": jnp.zeros((1000, 1000)), "v": [jnp.arange(i + 1) for i in range(20)]}}
+jp.checkpoint.save_async({str(good)!r}, tree)
+jp.checkpoint.save_async({str(bad)!r}, tree)
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert jp.checkpoint.restore(good)["w"].shape == (1000, 1000)
+    assert done.stderr.strip().endswith("OSError: no space left")
+    assert not bad.exists()
 
 
 def test_a_save_waits_for_another_to_the_same_path(tmp_path):

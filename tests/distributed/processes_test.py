@@ -40,7 +40,7 @@ def test_killed_and_restarted(number, tmp_path, monkeypatch):
     _quickly(monkeypatch)
     args = argparse.Namespace(
         kills=3, counts=[number], method="rigl", steps=60,
-        seed=number, timeout=TIMEOUT,
+        seed=number, timeout=TIMEOUT, background=number > 1,
     )  # fmt: skip
     rows = killed.disturbed(args, number, tmp_path)  # which compares all of the state
     assert len(rows) == args.kills
