@@ -216,6 +216,7 @@ def weights(place, seed):
     found = {}
     for name, (shape, spec) in WEIGHTS.items():
         w = random.normal(size=shape).astype("f4") / np.float32(shape[-2] ** 0.5)
+        w = w.astype(jax.dtypes.canonicalize_dtype("f8"))
         if place.perturbed:
             w = np.where(
                 np.arange(w.size).reshape(shape) % 2, w, np.nextafter(w, 2 * w)
@@ -226,9 +227,10 @@ def weights(place, seed):
 
 def numbers(seed):
     random = np.random.default_rng(seed)
+    dtype = jax.dtypes.canonicalize_dtype("f8")
     return (
-        random.normal(size=(ROWS, D)).astype("f4"),
-        random.normal(size=(ROWS, OUTPUTS)).astype("f4"),
+        random.normal(size=(ROWS, D)).astype(dtype),
+        random.normal(size=(ROWS, OUTPUTS)).astype(dtype),
     )
 
 

@@ -142,10 +142,10 @@ def _search(matrix, dense, target, project, rho: float, iterations: int) -> _Fou
 
     def ridge(rho):
         """How to divide by `A + rho I`."""
-        lower = _hessian.cholesky(matrix + rho * jnp.eye(rows))
+        lower = _hessian.cholesky(matrix + rho * jnp.eye(rows, dtype=matrix.dtype))
         if 3 * columns > 2 * rows:
             root = lax.linalg.triangular_solve(
-                lower, jnp.eye(rows), left_side=True, lower=True
+                lower, jnp.eye(rows, dtype=matrix.dtype), left_side=True, lower=True
             )
             inverse = _product(root, root.T)
             return lambda x: _product(inverse, x)

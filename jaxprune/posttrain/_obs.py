@@ -72,7 +72,8 @@ def _obs(w, inputs, kept, *, structure: Structure, group: str, damping: float):
     rows = w.shape[0]
     hessian = _hessian.factor(inputs.gram, damping)
     w = jnp.where(hessian.dead[:, None], 0, w)
-    root = jax.scipy.linalg.solve_triangular(hessian.lower, jnp.eye(rows), lower=True)
+    eye = jnp.eye(rows, dtype=hessian.lower.dtype)
+    root = jax.scipy.linalg.solve_triangular(hessian.lower, eye, lower=True)
     inverse = jnp.matmul(root, root.T, precision=_HIGHEST)
     pruned = jnp.int32(rows) - kept.lo[0].astype(jnp.int32)
     is_nm = isinstance(structure, NM)
@@ -95,7 +96,7 @@ def _obs(w, inputs, kept, *, structure: Structure, group: str, damping: float):
             keep = keep.at[i].set(False)
             # Its row and column would be 0; a diagonal of 1 keeps them out of the rest.
             inverse = inverse - jnp.outer(column, column) / diagonal[i]
-            inverse = jnp.where(keep[:, None] & keep, inverse, jnp.eye(rows))
+            inverse = jnp.where(keep[:, None] & keep, inverse, eye)
             return jnp.where(keep, v, 0), inverse, keep, gone.at[place[i]].add(1)
 
         start = column, inverse, jnp.ones(rows, bool), jnp.zeros(groups, jnp.int32)

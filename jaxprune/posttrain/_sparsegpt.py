@@ -159,7 +159,9 @@ def prune_rows(
         start, keeps = step
         across = lax.dynamic_slice_in_dim(lower, start, size)  # [size, K]
         corner = lax.dynamic_slice_in_dim(across, start, size, axis=1)
-        inverse = jax.scipy.linalg.solve_triangular(corner, jnp.eye(size), lower=True)
+        inverse = jax.scipy.linalg.solve_triangular(
+            corner, jnp.eye(size, dtype=corner.dtype), lower=True
+        )
         dense = lax.dynamic_slice_in_dim(w, start, size)
         length = jnp.searchsorted(ends, start)
         before = lax.switch(length, products, across, change)
