@@ -30,10 +30,11 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
 
-VOCABULARY, WIDTH, HIDDEN, LAYERS = 64, 64, 192, 2
-HEADS, KV_HEADS, HEAD = 4, 2, 16  # two query heads share a key and a value
+VOCABULARY, WIDTH, HIDDEN, LAYERS = 128, 64, 192, 2
+HEADS, KV_HEADS, HEAD = 6, 2, 16  # three query heads share a key and a value
 ROWS, TOKENS = 16, 16
 STRUCTURE = jp.NM(2, 4)
+PARTS = {"fsdp": 4, "tensor": 2}  # what is packed fits meshes whose axes divide these
 
 # Shape of each leaf, and the mesh axes that it is divided over. Layers of the stack are one
 # leaf with a leading axis, which `lax.scan` runs over.
@@ -53,9 +54,7 @@ WEIGHTS = {
     "head": ((WIDTH, VOCABULARY), P("fsdp", None)),
 }
 WHERE = "layers/*", "!*/norm_*"
-BATCH = P(
-    ("data", "fsdp")
-)  # rows lie on both; what a row needs of a weight is gathered
+BATCH = P(("data", "fsdp"))  # what a row needs of a weight is gathered
 
 
 def make_mesh() -> jax.sharding.Mesh:
@@ -88,6 +87,8 @@ def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 def project(x: jax.Array, w: jax.Array, *last: str | None) -> jax.Array:
     """A product with a weight that is gathered over `fsdp` for it, as FSDP does."""
+    if isinstance(w, jp.formats.NMArray):
+        return jp.kernels.nm_matmul(x, w)  # gathers it packed
     spec = jax.typeof(w).sharding.spec
     w = jax.reshard(w, P(*[None if axis == "fsdp" else axis for axis in spec]))
     return jnp.einsum("btd,de->bte", x, w, out_sharding=P(*BATCH, None, *last))
@@ -160,13 +161,14 @@ def placed(mesh: jax.sharding.Mesh, shapes):
 def largest_share() -> float:
     """The largest part of a weight that lies in this process, of all arrays alive.
 
-    A shard is an array too; sizes are such that none has the shape of another weight.
+    A shard is an array too, and so is a Gram matrix; sizes are such that none of them has
+    the shape of a weight, or of a layer of one.
     """
     leaves = jax.tree.leaves(WEIGHTS, is_leaf=lambda x: isinstance(x, tuple))
-    whole = {shape for shape, spec in leaves if any(spec)}
+    whole = {shape[i:] for shape, spec in leaves if any(spec) for i in (0, -2)}
     found = []
     for x in jax.live_arrays():
-        if x.shape in whole:
+        if tuple(n for n in x.shape if n > 1) in whole:
             own = {str(s.index): s.data.size for s in x.addressable_shards}
             found.append(sum(own.values()) / x.size)
     return max(found)
@@ -187,14 +189,8 @@ def fingerprint(tree) -> jax.Array:
     return total
 
 
-def train(mesh: jax.sharding.Mesh, steps: int):
-    """From shapes to trained 2:4 weights, and their masks."""
-    abstract = jax.eval_shape(initialise, jax.random.key(0))
-    tell(f"{sum(x.size for x in jax.tree.leaves(abstract)):,} parameters")
-    params = jax.jit(initialise)(jax.random.key(0))
-    method = jp.gmp(begin=0, end=2 * steps // 3, every=3, structure=STRUCTURE)
-    tx = jp.masked(optax.adamw(1e-2), method, where=WHERE)
-    state = jax.jit(tx.init)(params)
+def make_step(tx: optax.GradientTransformation):
+    """One step of training; also gives the loss in front of it."""
 
     @jax.jit
     def step(params, state, tokens):
@@ -202,6 +198,17 @@ def train(mesh: jax.sharding.Mesh, steps: int):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
+    return step
+
+
+def train(mesh: jax.sharding.Mesh, steps: int):
+    """From shapes to trained 2:4 weights, and their masks."""
+    abstract = jax.eval_shape(initialise, jax.random.key(0))
+    tell(f"{sum(x.size for x in jax.tree.leaves(abstract)):,} parameters")
+    params = jax.jit(initialise)(jax.random.key(0))
+    method = jp.gmp(begin=0, end=2 * steps // 3, every=3, structure=STRUCTURE)
+    tx = jp.masked(optax.adamw(1e-2), method, where=WHERE)
+    step, state = make_step(tx), jax.jit(tx.init)(params)
     for i in range(steps):
         params, state, value = step(params, state, batch(mesh, i))
         if i % 10 == 0 or i == steps - 1:
@@ -211,17 +218,15 @@ def train(mesh: jax.sharding.Mesh, steps: int):
 
 
 def packed(params, masks):
-    """What kernels read: each shard packs its own part of a weight."""
-    return jax.tree.map(
-        lambda w, m: w if m is None else jp.formats.pack(w, m, STRUCTURE), params, masks
-    )
+    """What kernels read: each shard packs its own part of a weight, or several."""
 
+    def leaf(w, mask):
+        if mask is None:
+            return w
+        parts = tuple(PARTS[axis] for axis in jax.typeof(w).sharding.spec[-2:])
+        return jp.formats.pack(w, mask, STRUCTURE, parts=parts)
 
-def unpacked(params):
-    return jax.tree.map(
-        lambda x: jp.formats.unpack(x) if hasattr(x, "layout") else x,
-        params, is_leaf=lambda x: hasattr(x, "layout"),
-    )  # fmt: skip
+    return jax.tree.map(leaf, params, masks)
 
 
 def restore(mesh: jax.sharding.Mesh, path: pathlib.Path):
@@ -242,25 +247,46 @@ def tell(text: str) -> None:
         print(text, flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def arguments(text: str) -> argparse.ArgumentParser:
+    """What every process is told."""
+    parser = argparse.ArgumentParser(description=text.split("\n")[0])
     parser.add_argument("--folder", default="build/pod", help="one that all hosts see")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--restore", action="store_true", help="read, do not train")
+    parser.add_argument("--restore", action="store_true", help="read what was saved")
     parser.add_argument("--pod", action="store_true", help="one of several hosts")
     parser.add_argument("--coordinator", help="host:port of process 0")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--process", type=int, default=0)
-    args = parser.parse_args()
-    # Before anything else of JAX. On TPU pods, Slurm and Kubernetes it finds all by itself.
-    if args.pod:
+    return parser
+
+
+def connect(args: argparse.Namespace) -> jax.sharding.Mesh:
+    """Joins the other processes, before anything else of JAX."""
+    if args.pod:  # on TPU pods, Slurm and Kubernetes it finds all by itself
         jax.distributed.initialize()
     elif args.processes > 1:
         jax.distributed.initialize(args.coordinator, args.processes, args.process)
-
     mesh = make_mesh()
     sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     tell(f"{jax.process_count()} processes, {jax.device_count()} devices: {sizes}")
+    return mesh
+
+
+def compare(mesh: jax.sharding.Mesh, params, small) -> None:
+    """Weights that are packed, and the same that are not."""
+    tokens = batch(mesh, 1_000_000)
+    dense, sparse = (jax.jit(loss)(x, tokens) for x in (params, small))
+    same = int(fingerprint(jp.formats.unpack_tree(small))) == int(fingerprint(params))
+    share = sum(x.nbytes for x in jax.tree.leaves(small))
+    share /= sum(x.nbytes for x in jax.tree.leaves(params))
+    tell(f"packed to {share:.2f} of the bytes, equal when unpacked: {same}")
+    tell(f"loss {dense:.4f}, of packed weights {sparse:.4f}")
+    tell(f"fingerprint {int(fingerprint(params)):08x}")
+
+
+def main() -> None:
+    args = arguments(__doc__).parse_args()
+    mesh = connect(args)
     path = pathlib.Path(args.folder).absolute() / "sparse"
     with jax.set_mesh(mesh):
         if args.restore:
@@ -270,19 +296,9 @@ def main() -> None:
             tree = {"params": params, "masks": jp.masks.pack(masks)}
             jp.checkpoint.save(path, tree, overwrite=True)
             tell(f"saved {path}")
-        small = packed(params, masks)
-        same = int(fingerprint(unpacked(small))) == int(fingerprint(params))
-        value = jax.jit(loss)(params, batch(mesh, 1_000_000))
-    share = sum(x.nbytes for x in jax.tree.leaves(small))
-    share /= sum(x.nbytes for x in jax.tree.leaves(params))
-    tell(
-        f"loss {value:.4f}, packed to {share:.2f} of the bytes, equal when unpacked: {same}"
-    )
-    tell(f"fingerprint {int(fingerprint(params)):08x}")
-    print(
-        f"process {jax.process_index()} holds {largest_share():.3f} of a weight at most",
-        flush=True,
-    )
+        compare(mesh, params, packed(params, masks))
+    here = jax.process_index()
+    print(f"process {here} holds {largest_share():.3f} of a weight at most", flush=True)
 
 
 if __name__ == "__main__":

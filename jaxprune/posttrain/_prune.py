@@ -209,7 +209,7 @@ def _solve(
 ) -> Solved:
     """Prunes leaf `j` of a block, use by use."""
     leaf, structure = block.leaves[j], wanted.structure
-    new, mask = w, jnp.ones(w.shape, bool)
+    new, mask = w, jnp.ones_like(w, bool)
     rows = []
     for site, inputs in uses(leaf, w, stats, str(j)):
         start = time.perf_counter()

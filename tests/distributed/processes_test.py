@@ -63,6 +63,25 @@ def test_the_example_holds_a_share_of_each_weight(tmp_path, monkeypatch):
     assert _fingerprint(said[0]) == _fingerprint(there[0])
 
 
+def test_one_shot_saved_packed_by_two_processes_runs_in_one(tmp_path, monkeypatch):
+    """None holds more of a weight than it has; other devices get the same bits."""
+    _quickly(monkeypatch)
+    command = [str(ROOT / "examples" / "pod_one_shot.py"), "--folder", str(tmp_path)]
+    pruned = ["--steps", "2", "--batches", "1", "--method", "wanda"]
+    said = processes.run([*command, *pruned], processes=2, devices=2, timeout=TIMEOUT)
+    for i in range(2):
+        assert f"process {i} holds 0.500 of a weight" in said[i]
+    there = processes.run(
+        [*command, "--restore"], processes=1, devices=8, timeout=TIMEOUT
+    )
+    for text in (said[0], there[0]):
+        assert "equal when unpacked: True" in text
+        (losses,) = re.findall(r"loss ([\d.]+), of packed weights ([\d.]+)", text)
+        dense, packed = map(float, losses)
+        assert packed == pytest.approx(dense, abs=2e-4)  # four places are printed
+    assert _fingerprint(said[0]) == _fingerprint(there[0])
+
+
 def _fingerprint(text):
     (found,) = re.findall(r"fingerprint ([0-9a-f]{8})", text)  # Gloo talks in between
     return found

@@ -94,3 +94,35 @@ def test_rows_are_brought_together_before_a_matrix_is_solved():
         found = _mesh.columns(matrix)
         assert found.sharding.is_equivalent_to(NamedSharding(mesh, wanted), 4)
         np.testing.assert_array_equal(found, plain)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_no_device_holds_a_whole_matrix(kind):
+    """While one is solved each has its columns: the weights, old and new, and the mask."""
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind,) * 2)
+    others = jax.live_arrays()  # of other tests; held, so that no new one has their ids
+    most = []
+
+    def look(w, solution, inputs):
+        del w, inputs
+        before = set(map(id, others))
+        found = [x for x in jax.live_arrays() if id(x) not in before]
+        shapes = [tuple(n for n in x.shape if n > 1) for x in found]
+        most.extend(
+            x.addressable_shards[0].data.size / x.size
+            for x, shape in zip(found, shapes, strict=True)
+            if shape == (16, 48)
+        )
+        return solution
+
+    def fn(params, x):
+        w = params["kernel"]
+        if kind == AxisType.Explicit:
+            w = jax.reshard(w, P(None, "b"))
+        return x @ w
+
+    with jax.set_mesh(mesh):
+        w = jax.device_put(jnp.ones((16, 48)), NamedSharding(mesh, P("a", "b")))
+        x = jax.device_put(jnp.ones((32, 16)), NamedSharding(mesh, P("a")))
+        posttrain.prune(fn, {"kernel": w}, [x], structure=jp.NM(2, 4), refine=look)
+    assert most and set(most) == {1 / 8}
