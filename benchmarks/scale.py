@@ -150,8 +150,7 @@ def programs(config: Any, pod: Pod, names: tuple[str, ...]) -> Iterator[tuple]:
 
         weights = shard_bytes(params)
         yield f"{name}, update", weights, run_update
-        if name in ("adamw", *USUAL):
-            yield f"{name}, step", weights, run_step
+        yield f"{name}, step", weights, run_step
 
     yield from one_shot(config, pod, chips.devices)
 

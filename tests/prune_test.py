@@ -435,3 +435,29 @@ def test_scores_of_rounds_must_be_finite():
 def test_what_is_no_sparsity(sparsity):
     with pytest.raises(TypeError, match="sparsity: got .*; expected a Python number"):
         jp.prune({"kernel": jnp.ones((4, 4))}, sparsity)
+
+
+@pytest.mark.parametrize("spec", [("a", None, "b"), ("b", "a", None), (None, "a", "b")])
+@pytest.mark.parametrize(
+    "structure",
+    [
+        jp.NM(2, 4, axis=(-3, -2)),
+        jp.NM(2, 4, axis=(-3, -2), stride=2),
+        jp.NM(2, 4, axis=-3),
+        jp.NM(8, 16, axis=(-3, -2)),
+        jp.Block(4, 8, axis=(-3, -2)),
+        jp.Block(4, 8, axis=-3, out_axis=(-2, -1)),
+    ],
+    ids=lambda s: f"{type(s).__name__}-{s.axis}-{getattr(s, 'stride', '')}",
+)
+def test_groups_that_straddle_shards(structure, spec):
+    """Heads and their width are flattened to K; where shards cut groups, K moves."""
+    w = jax.random.normal(jax.random.key(0), (2, 8, 16, 32))
+    _, expected = jp.prune({"w": w}, 0.5, structure=structure)
+    mesh = jax.make_mesh((2, 4), ("a", "b"))
+    sharding = jax.NamedSharding(mesh, jax.P(None, *spec))
+    pruned, masks = jp.prune(
+        {"w": jax.device_put(w, sharding)}, 0.5, structure=structure
+    )
+    np.testing.assert_array_equal(masks["w"], expected["w"])
+    assert masks["w"].sharding == pruned["w"].sharding == sharding

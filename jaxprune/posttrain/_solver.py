@@ -114,7 +114,7 @@ def solver(
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _solve(w, inputs, kept, matrix, structure, statistics, options) -> Solution:
     def one(w, inputs):
-        wide = w.astype(jnp.float32)
+        wide, inputs = jax.tree.map(lambda x: x.astype(jnp.float32), (w, inputs))
         needed = Inputs(inputs.count, **{s: getattr(inputs, s) for s in statistics})
         new, mask, error, damping = matrix(
             wide, needed, kept, structure=structure, **dict(options)

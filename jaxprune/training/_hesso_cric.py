@@ -146,6 +146,7 @@ def hesso_cric(
                 step == begin, lambda a, b: a, lambda a, b: b, params, own.origin
             )
             scores = _units.saliency(groups, params, grads, criteria)
+            scores = scores.astype(own.scores.dtype)
             low = _units.lowest(groups, scores, number)
             own = own._replace(
                 origin=origin,
