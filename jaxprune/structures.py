@@ -411,6 +411,8 @@ def _reshape(x: Array, shape: Sequence[int]) -> Array:
 
     That is what types can follow on explicit meshes, if the first of them is sharded.
     """
+    if not jax.typeof(x).sharding.mesh.explicit_axes:
+        return x.reshape(shape)
     for at, old, new in reversed(_changes(x.shape, shape)):
         before, after = x.shape[:at], x.shape[at + len(old) :]
         x = x.reshape(*before, math.prod(old), *after).reshape(*before, *new, *after)
