@@ -411,8 +411,12 @@ def _reshape(x: Array, shape: Sequence[int]) -> Array:
 
     That is what types can follow on explicit meshes, if the first of them is sharded.
     """
-    if not jax.typeof(x).sharding.mesh.explicit_axes:
+    sharding = jax.typeof(x).sharding
+    if not sharding.mesh.explicit_axes:
         return x.reshape(shape)
+    if x.size == 0:  # Sizes say nothing of which axes become which.
+        whole = sharding.update(spec=jax.P(*[None] * len(shape)))
+        return jnp.reshape(x, shape, out_sharding=whole)
     for at, old, new in reversed(_changes(x.shape, shape)):
         before, after = x.shape[:at], x.shape[at + len(old) :]
         x = x.reshape(*before, math.prod(old), *after).reshape(*before, *new, *after)

@@ -461,3 +461,23 @@ def test_groups_that_straddle_shards(structure, spec):
     )
     np.testing.assert_array_equal(masks["w"], expected["w"])
     assert masks["w"].sharding == pruned["w"].sharding == sharding
+
+
+@pytest.mark.parametrize("spec", [None, (None, "a", None), ("a", "b", None)])
+@pytest.mark.parametrize(
+    "structure",
+    [jp.NM(2, 4, axis=(-3, -2)), jp.NM(2, 4, axis=-3), jp.Block(4, 8, axis=(-3, -2))],
+    ids=["flattened", "plain", "blocks"],
+)
+@pytest.mark.parametrize("shape", [(0, 4, 8), (8, 4, 0), (8, 0, 8)])
+def test_an_empty_leaf(shape, structure, spec):
+    """It has no group, and goes through with the rest; also on an explicit mesh."""
+    params = {"empty": jnp.zeros(shape), "w": jnp.ones((8, 4, 8))}
+    _, expected = jp.prune(params, 0.5, structure=structure)
+    if spec is not None:
+        mesh = jax.make_mesh((2, 4), ("a", "b"))
+        params = jax.device_put(params, jax.NamedSharding(mesh, jax.P(*spec)))
+        assert params["w"].sharding.mesh.explicit_axes
+    _, masks = jp.prune(params, 0.5, structure=structure)
+    assert masks["empty"].shape == shape
+    np.testing.assert_array_equal(masks["w"], expected["w"])
