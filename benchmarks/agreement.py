@@ -57,8 +57,6 @@ LAYOUTS = [
     (2, 8, "auto"),
     (4, 8, "explicit"),
 ]
-# One device too, and each weight an ulp or none larger: what rounding does to a method.
-PERTURBED = (1, 1, "perturbed")
 
 
 def methods(steps):
@@ -442,34 +440,29 @@ def main() -> None:
     folder = pathlib.Path(args.folder)
     folder.mkdir(parents=True, exist_ok=True)
     one = spawn(folder, (1, 1, "auto"), args)
+    # One device too, and each weight an ulp or none larger: what rounding does.
     drawn = [(1, 1, f"perturbed-{i}") for i in range(args.ulps)]
-    found = [compare(one, spawn(folder, layout, args)) for layout in drawn]
-    table = {PERTURBED: worst(found)}
-    for layout in LAYOUTS:
-        table[layout] = compare(one, spawn(folder, layout, args))
-    alone = "1 × 1, weights off by an ulp"
-    report(table, alone if args.ulps == 1 else f"{alone}, worst of {args.ulps}")
+    alone = worst([compare(one, spawn(folder, layout, args)) for layout in drawn])
+    meshes = {x: compare(one, spawn(folder, x, args)) for x in LAYOUTS}
+    head = "1 × 1, weights off by an ulp"
+    report(head if args.ulps == 1 else f"{head}, worst of {args.ulps}", alone, meshes)
 
 
-def report(table, alone):
+def report(head, alone, meshes):
     """A row a method; the first column is what one device makes of rounding."""
-    names = list(next(iter(table.values())))
-    heads = [
-        alone if x == PERTURBED else f"{x[0]} × {x[1] // x[0]}, {x[2]}" for x in table
-    ]
+    heads = [head, *(f"{x[0]} × {x[1] // x[0]}, {x[2]}" for x in meshes)]
     print("| method | equal masks | packed | " + " | ".join(heads) + " |")
     print("|---|---|---|" + "---|" * len(heads))
     words = {None: "-", True: "yes", False: "**no**"}
-    for name in names:
-        rows = [table[layout][name] for layout in table]
-        meshes = [table[layout][name] for layout in table if layout != PERTURBED]
+    for name in alone:
+        rows = [table[name] for table in meshes.values()]
         said = []
         for what in ("same", "packed"):
-            found = [r[what] for r in meshes]
+            found = [r[what] for r in rows]
             said.append(words[None if None in found else all(found)])
         cells = [
             "-" if r["loss"] is None else f"{r['loss']:.0e}, {100 * r['masks']:.3f} %"
-            for r in rows
+            for r in (alone[name], *rows)
         ]
         print(f"| {name} | " + " | ".join([*said, *cells]) + " |")
 
