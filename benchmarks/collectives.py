@@ -13,8 +13,9 @@ weight does; and whether they, and all else that comes back, have the same bits 
 device, or agree to rounding (1e-4 of the largest number).
 
 Expected before measuring: nothing but counts for masks and packing along whole groups and
-blocks; sums of results for kernels with K sharded, and the weight itself, once, where rows
-of x take up its axes of the mesh.
+blocks; the weight along K, once, where groups or blocks straddle devices; sums of results
+for kernels with K sharded, and the weight itself, once, where rows of x take up its axes of
+the mesh.
 """
 
 import argparse
@@ -242,6 +243,9 @@ CASES = {
     **{
         f"`prune`, {name}": pruning(structure) for name, structure in STRUCTURES.items()
     },
+    # Under K a device has 64 rows, of which these make half a group or block.
+    "`prune`, 2:4 of stride 32": pruning(jp.NM(2, 4, stride=32)),
+    "`prune`, blocks of 128 rows": pruning(jp.Block(128, 16)),
     "`prune`, global": pruning(jp.Unstructured(), "global"),
     "`masks.pack`, `unpack`": with_mask(
         "unstructured", lambda w, m: jp.masks.unpack(jp.masks.pack({"w": m}))

@@ -232,6 +232,7 @@ def collectives(text: str) -> dict[str, list[int]]:
     """Number in the program and bytes on a chip, at most, of each kind of collective.
 
     Of every branch, and as often as loops run: `PASSES` times where that is not known.
+    What the compiler does piece by piece, beside other work, has one channel and is one.
     """
     bodies: dict[str, list[re.Match]] = {}
     entry = current = ""
@@ -260,14 +261,16 @@ def collectives(text: str) -> dict[str, list[int]]:
                 visit(parts["body"], often * _rounds(bodies[parts["condition"]]))
 
     visit(entry, 1)
-    totals = {kind: [0, 0] for kind in _KINDS}
+    each: dict[str, dict[str, int]] = {kind: {} for kind in _KINDS}
     for name, instructions in bodies.items():
         for found in instructions:
             kind = found[3].removesuffix("-start")
-            if kind in totals and times[name]:
-                totals[kind][0] += 1
-                totals[kind][1] += times[name] * _bytes(found[2])
-    return {kind: n for kind, n in totals.items() if n[0]}
+            if kind in each and times[name]:
+                channel = re.search(r"channel_id=(\d+)", found[4])
+                key = channel[1] if channel else f"{name} {found[1]}"
+                moved = times[name] * _bytes(found[2])
+                each[kind][key] = max(moved, each[kind].get(key, 0))
+    return {kind: [len(n), sum(n.values())] for kind, n in each.items() if n}
 
 
 def _rounds(condition: list[re.Match]) -> int:

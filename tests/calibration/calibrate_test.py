@@ -1,5 +1,7 @@
 """Calibration as a whole: batches, merging, memory, and what is refused."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -291,7 +293,7 @@ def test_statistics_are_shared_between_all_readers_of_an_activation():
     assert len({stats[n][0].site.activation for n in "qkv"}) == 1
 
 
-@pytest.mark.parametrize("k", [1024, 1100])
+@pytest.mark.parametrize("k", [1024, 1100, 5000])
 def test_large_gram_matrices_are_made_of_strips(k):
     x = np.random.default_rng(0).normal(size=(24, k)).astype(np.float32)
     weights = np.arange(24) % 3
@@ -304,3 +306,32 @@ def test_large_gram_matrices_are_made_of_strips(k):
     wanted = (wide * weights[:, None]).T @ wide / weights.sum()
     np.testing.assert_allclose(gram, wanted, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(gram, gram.T)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_gram_matrices_move_only_sums_and_the_inputs_of_their_columns(kind):
+    k, kind = 1024, jax.sharding.AxisType[kind]
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (kind, kind))
+    x = jax.random.normal(jax.random.key(0), (16, k))
+    placed = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data", "model")))
+    w = jax.device_put(jnp.zeros((k, 2)), jax.NamedSharding(mesh, jax.P("model")))
+
+    def fn(p, x):
+        out = (
+            {"out_sharding": jax.NamedSharding(mesh, jax.P("data"))}
+            if mesh.explicit_axes
+            else {}
+        )
+        return jnp.einsum("mk,kn->mn", x, p["w"], **out)
+
+    steps = {}
+    stats = calibration._calibrate.collect(
+        fn, {"w": w}, [placed], steps, statistics=("gram",)
+    )
+    np.testing.assert_allclose(stats["w"][0].inputs.gram[0, 0], x.T @ x / 16, atol=1e-4)
+    (step,) = steps.values()
+    program = step.step.lower(stats, step.closed.consts, [w, placed], (placed,))
+    moved = re.findall(
+        r"(all-to-all|collective-permute)\(", program.compile().as_text()
+    )
+    assert not moved

@@ -133,6 +133,23 @@ def test_factor_is_the_root_of_the_damped_matrix(layer):
     np.testing.assert_allclose(lower.T @ lower, damped, atol=1e-5 * damped.max())
 
 
+@pytest.mark.parametrize("size", [17, 32, 100, 300])
+def test_factors_panel_by_panel(size, monkeypatch):
+    monkeypatch.setattr(_hessian, "_LEAF", 16)
+    monkeypatch.setattr(_hessian, "_HALVED", 16)
+    x = np.random.default_rng(0).normal(size=(2, size + 50, size)).astype(np.float32)
+    h = jnp.asarray(x.mT @ x) / size
+    lower = jax.vmap(_hessian.cholesky)(h)
+    assert lower.shape == h.shape
+    assert not np.triu(lower, 1).any()
+    assert (np.diagonal(lower, axis1=1, axis2=2) > 0).all()
+    wide = np.asarray(lower, np.float64)
+    np.testing.assert_allclose(wide.mT @ wide, h, atol=1e-5)
+    for at in (0, size // 2, size - 1):
+        not_definite = h[0].at[at, at].set(-1)
+        assert np.isnan(_hessian.cholesky(not_definite)[0, 0])
+
+
 def test_results_do_not_change_with_the_scale_of_the_inputs(layer):
     w, inputs = layer(32, 8)
     gram = inputs.gram.at[3].set(0).at[:, 3].set(0)
