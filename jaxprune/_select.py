@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import core, lax
+from jax import lax
 from jaxtyping import Array, Bool, Float, UInt, UInt32
 
-from jaxprune import _bits, _wide
+from jaxprune import _axes, _bits, _wide
 from jaxprune._wide import Wide
 
 _FIELD = 10  # bits of one of the three counters that share a 32-bit word
@@ -165,33 +165,13 @@ def fold_axis(x: Array) -> int | None:
     that keeps a multiple of eight groups is taken, so that usual shard boundaries fall
     between them. The last axis comes last, because the code then vectorises along it.
     """
-    shards = shard_counts(x)
+    shards = _axes.shard_counts(x)
     unit = 8 if jax.device_count() == 1 else 64
     for axis in sorted(range(x.ndim), key=lambda a: (a == x.ndim - 1, -x.shape[a])):
         length = x.shape[axis]
         if length and length % unit == 0 and (length // 8) % shards[axis] == 0:
             return axis
     return None
-
-
-def shard_counts(x: Array) -> list[int]:
-    """Into how many shards each axis of `x` is divided, as far as that can be known."""
-    sharding = jax.typeof(x).sharding
-    # On an auto mesh only the array itself knows.
-    if not isinstance(x, core.Tracer):
-        sharding = getattr(x, "sharding", sharding)
-    counts = [1] * x.ndim
-    for axis, names in enumerate(getattr(sharding, "spec", ())):
-        names = (names,) if isinstance(names, str) else names
-        if isinstance(names, tuple):
-            counts[axis] = math.prod(sharding.mesh.shape[name] for name in names)
-    return counts
-
-
-def split_axis(x: Array, axis: int, ways: int = 8) -> Array:
-    """Reshapes an axis of length `ways` k to (k, `ways`)."""
-    length = x.shape[axis] // ways
-    return x.reshape(*x.shape[:axis], length, ways, *x.shape[axis + 1 :])
 
 
 class _Range(NamedTuple):
@@ -323,7 +303,7 @@ def _sample(leaf: Scored) -> tuple[Scored, int]:
         axis = fold_axis(leaf.operands[0])
         if axis is None:
             break
-        operands = (split_axis(x, axis) for x in leaf.operands)
+        operands = (_axes.split_axis(x, axis) for x in leaf.operands)
         leaf = scored(
             leaf.score,
             *(lax.index_in_dim(x, 0, axis + 1, keepdims=False) for x in operands),
@@ -427,14 +407,14 @@ def _count_by_folds(score, operands, axis, tests) -> Wide:
         return sum(m << (_FIELD * j) for j, m in enumerate(masks(i, *slices)))
 
     first = [
-        lax.index_in_dim(split_axis(x, axis, ways), 0, axis + 1, False)
+        lax.index_in_dim(_axes.split_axis(x, axis, ways), 0, axis + 1, False)
         for x in operands
     ]
     fields = len(jax.eval_shape(lambda *xs: masks(0, *xs), *first))
     word = _fold(word_of, jnp.add, np.uint32(0), operands, axis)
     size = word.size * ways
     if (again := fold_axis(word)) is not None:  # now at most 8 * 32 in a field
-        word = jnp.sum(split_axis(word, again), again + 1, dtype=jnp.uint32)
+        word = jnp.sum(_axes.split_axis(word, again), again + 1, dtype=jnp.uint32)
     shifts = _FIELD * np.arange(fields, dtype=np.uint32)
     counts = (word >> shifts.reshape(-1, *(1,) * word.ndim)) & ((1 << _FIELD) - 1)
     return _wide.total(counts, size, lead=1)
@@ -443,7 +423,7 @@ def _count_by_folds(score, operands, axis, tests) -> Wide:
 def _fold(f, combine, initial, operands, axis: int) -> Array:
     """`f(i, *slices)` combined over the slices `i` of an axis split by `_ways`."""
     ways = _ways(operands[0], axis)
-    splits = [split_axis(x, axis, ways) for x in operands]
+    splits = [_axes.split_axis(x, axis, ways) for x in operands]
 
     def part(i):
         slices = (lax.dynamic_index_in_dim(s, i, axis + 1, False) for s in splits)
@@ -455,7 +435,7 @@ def _fold(f, combine, initial, operands, axis: int) -> Array:
 
 def _ways(x: Array, axis: int) -> int:
     """How many slices of `axis` are taken together."""
-    return 32 if x.shape[axis] % (256 * shard_counts(x)[axis]) == 0 else 8
+    return 32 if x.shape[axis] % (256 * _axes.shard_counts(x)[axis]) == 0 else 8
 
 
 def _rows_columns(shape: Sequence[int]) -> tuple[int, int]:

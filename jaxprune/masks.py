@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, UInt8
 
-from jaxprune import _select, _tree, _wide
+from jaxprune import _axes, _tree, _wide
 from jaxprune._tree import PyTree
 
 
@@ -249,7 +249,7 @@ def as_bool(mask: Bool[Array, "..."] | PackedMask) -> Bool[Array, "..."]:
 
 def pack_axis(x: Array) -> int | None:
     """The axis to pack along: least padding, whole bytes in every shard, not the last."""
-    shards = _select.shard_counts(x)
+    shards = _axes.shard_counts(x)
     best = None
     for axis, length in enumerate(x.shape):
         padding = -length % 8
@@ -271,7 +271,7 @@ def _to_bits(mask: Bool[Array, "..."], axis: int) -> UInt8[Array, "..."]:
         pads = [(0, 0)] * mask.ndim
         pads[axis] = (0, -mask.shape[axis] % 8)
         mask = jnp.pad(mask, pads)
-    groups = _select.split_axis(mask, axis).astype(jnp.uint8)
+    groups = _axes.split_axis(mask, axis).astype(jnp.uint8)
     return jnp.sum(groups << _places(mask.ndim, axis), axis + 1, dtype=jnp.uint8)
 
 

@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Protocol, TypeAlias
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jaxprune import _bits, _select, _tree
+from jaxprune import _axes, _bits, _select, _tree
 from jaxprune._groups import Group as Group
 from jaxprune._groups import Groups as Groups
 from jaxprune._groups import Member as Member
@@ -160,7 +159,7 @@ class NM:
         if self.m > 8:
             grouped = score(*(x for x, _, _ in views))
             lost = _upcast(jnp.where(self._keeps(grouped, axis), 0, grouped))
-            return _select.stored(_merge(jnp.sum(lost, axis + 1), axis))
+            return _select.stored(_axes.merge_axes(jnp.sum(lost, axis + 1), axis))
         # Member by member, which vectorises and stores nothing but the sums.
         members = [
             score(*(lax.index_in_dim(x, j, axis + 1, False) for x, _, _ in views))
@@ -171,26 +170,26 @@ class NM:
             jnp.where(rank < self.n, 0, _upcast(x))
             for rank, x in zip(ranks, members, strict=True)
         ]
-        return _select.stored(_merge(sum(lost[1:], lost[0]), axis))
+        return _select.stored(_axes.merge_axes(sum(lost[1:], lost[0]), axis))
 
     def mask(self, path: str, scores: Array, kept: Bool[Array, "..."]) -> Array:
         """The best `n` of each group, and all of the groups that stay dense."""
         grouped, axis, order = self._grouped(path, scores)
         places = *grouped.shape[: axis + 1], 1, *grouped.shape[axis + 2 :]
         mask = self._keeps(grouped, axis) | kept.reshape(places)
-        return _restore(mask, scores, order)
+        return _axes.restore(mask, scores, order)
 
     def spread(self, path: str, values: Array, like: Array) -> Array:
         """Each group's value for its members."""
         grouped, axis, order = self._grouped(path, like)
         places = *grouped.shape[: axis + 1], 1, *grouped.shape[axis + 2 :]
         ones = jnp.ones_like(grouped, values.dtype)
-        return _restore(values.reshape(places) * ones, like, order)
+        return _axes.restore(values.reshape(places) * ones, like, order)
 
     def best(self, path: str, scores: Array) -> Bool[Array, "..."]:
         """The mask in which every group obeys."""
         grouped, axis, order = self._grouped(path, scores)
-        return _restore(self._keeps(grouped, axis), scores, order)
+        return _axes.restore(self._keeps(grouped, axis), scores, order)
 
     def by_group(self, path: str, f: Callable[..., Array], *arrays: Array) -> Array:
         """Values of the groups, as `units` counts them.
@@ -200,7 +199,7 @@ class NM:
         """
         views = [self._grouped(path, x) for x in arrays]
         axis = views[0][1]
-        return _merge(f(*(x for x, _, _ in views), axis + 1), axis)
+        return _axes.merge_axes(f(*(x for x, _, _ in views), axis + 1), axis)
 
     def matrix_axes(
         self, path: str, shape: Sequence[int]
@@ -229,9 +228,9 @@ class NM:
         # [..., K, ...] -> [..., groups, m, stride, ...]
         groups = math.prod(x.shape[a] for a in axes) // (self.m * self.stride)
         before, after = ([x.shape[a] for a in part] for part in (rest[:at], rest[at:]))
-        x = _whole_groups(x, axes, self.m * self.stride)
+        x = _axes.whole_groups(x, axes, self.m * self.stride)
         shape = [*before, groups, self.m, self.stride, *after]
-        return _reshape(x.transpose(order), shape), at, order
+        return _axes.reshape(x.transpose(order), shape), at, order
 
     def _keeps(self, grouped: Array, axis: int) -> Bool[Array, "..."]:
         # The rank of a weight is the number of others that beat it: ties go to the
@@ -300,18 +299,18 @@ class Block:
         """The sum of the scores of each block, in float32."""
         scores = score(*operands)
         k_axes, n_axes = self.matrix_axes(path, scores.shape)
-        scores = _whole_groups(scores, k_axes, self.rows)
-        scores = _whole_groups(scores, n_axes, self.cols)
+        scores = _axes.whole_groups(scores, k_axes, self.rows)
+        scores = _axes.whole_groups(scores, n_axes, self.cols)
         moved = scores.transpose(_matrix_order(scores.ndim, k_axes, n_axes))
         rows, cols = (
             math.prod(scores.shape[a] for a in axes) for axes in (k_axes, n_axes)
         )
         batch = moved.shape[: scores.ndim - len(k_axes) - len(n_axes)]
-        matrix = _upcast(_reshape(moved, (*batch, rows, cols)))
+        matrix = _upcast(_axes.reshape(moved, (*batch, rows, cols)))
         # Rows first: that adds whole vectors, where a sum over both axes adds numbers.
         # And one axis at a time: on explicit meshes a reshape may not split two.
-        sums = jnp.sum(_select.split_axis(matrix, len(batch), self.rows), axis=-2)
-        sums = jnp.sum(_select.split_axis(sums, len(batch) + 1, self.cols), axis=-1)
+        sums = jnp.sum(_axes.split_axis(matrix, len(batch), self.rows), axis=-2)
+        sums = jnp.sum(_axes.split_axis(sums, len(batch) + 1, self.cols), axis=-1)
         return _select.stored(sums)
 
     def mask(self, path: str, scores: Array, kept: Bool[Array, "..."]) -> Array:
@@ -323,7 +322,7 @@ class Block:
         k_axes, n_axes = self.matrix_axes(path, like.shape)
         rows = _repeat(values, self.rows, values.ndim - 2)
         matrix = _repeat(rows, self.cols, values.ndim - 1)
-        return _restore(matrix, like, _matrix_order(like.ndim, k_axes, n_axes))
+        return _axes.restore(matrix, like, _matrix_order(like.ndim, k_axes, n_axes))
 
     def matrix_axes(
         self, path: str, shape: Sequence[int]
@@ -400,50 +399,6 @@ def _check_whole(structure: str, **extents: int) -> None:
             )
 
 
-def _merge(x: Array, axis: int) -> Array:
-    """Makes one of `axis` and the next."""
-    both = x.shape[axis] * x.shape[axis + 1]
-    return x.reshape(*x.shape[:axis], both, *x.shape[axis + 2 :])
-
-
-def _reshape(x: Array, shape: Sequence[int]) -> Array:
-    """As `x.reshape`, one group of axes at a time, and merged before they are split.
-
-    That is what types can follow on explicit meshes, if the first of them is sharded.
-    """
-    sharding = jax.typeof(x).sharding
-    if not sharding.mesh.explicit_axes:
-        return x.reshape(shape)
-    if x.size == 0:  # Sizes say nothing of which axes become which.
-        whole = sharding.update(spec=jax.P(*[None] * len(shape)))
-        return jnp.reshape(x, shape, out_sharding=whole)
-    for at, old, new in reversed(_changes(x.shape, shape)):
-        before, after = x.shape[:at], x.shape[at + len(old) :]
-        x = x.reshape(*before, math.prod(old), *after).reshape(*before, *new, *after)
-    return x
-
-
-def _changes(old: Sequence[int], new: Sequence[int]):
-    """The least groups of axes of equal size, with the place in `old` where each begins."""
-    found = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        start, other = i, j
-        i, j = i + 1, j + 1
-        while math.prod(old[start:i]) != math.prod(new[other:j]):
-            if math.prod(old[start:i]) < math.prod(new[other:j]):
-                i += 1
-            else:
-                j += 1
-        # Ones go with what stands before them: they must not come first, unsharded.
-        while i < len(old) and old[i] == 1:
-            i += 1
-        while j < len(new) and new[j] == 1:
-            j += 1
-        found.append((start, tuple(old[start:i]), tuple(new[other:j])))
-    return found
-
-
 def _ranks(members: Sequence[Array]) -> list[Array]:
     """How many of the others beat each one; ties go to the earlier."""
     ranks = [jnp.zeros_like(x, jnp.uint8) for x in members]
@@ -496,33 +451,3 @@ def _repeat(x: Array, times: int, axis: int) -> Array:
     before, after = x.shape[: axis + 1], x.shape[axis + 1 :]
     x = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), (*before, times, *after))
     return x.reshape(*before[:-1], before[-1] * times, *after)
-
-
-def _restore(x: Array, like: Array, order: Sequence[int]) -> Array:
-    """Undoes a transposition by `order` and any reshape behind it, and lies as `like`."""
-    x = _reshape(x, [like.shape[a] for a in order])
-    x = x.transpose([order.index(a) for a in range(like.ndim)])
-    sharding = jax.typeof(like).sharding
-    if jax.typeof(x).sharding == sharding or not sharding.mesh.explicit_axes:
-        return x
-    return jax.sharding.reshard(x, sharding)
-
-
-def _whole_groups(x: Array, axes: Sequence[int], span: int) -> Array:
-    """Makes axes whole on every device, where groups along them would straddle shards.
-
-    Groups stay where they are if no axis but the first is sharded, and each shard holds a
-    multiple of `span`. On an auto mesh XLA sees to it.
-    """
-    sharding = jax.typeof(x).sharding
-    if not sharding.mesh.explicit_axes:
-        return x
-    counts = _select.shard_counts(x)
-    first, *others = axes
-    own = math.prod(x.shape[a] for a in axes) // counts[first]
-    if all(counts[a] == 1 for a in others) and (counts[first] == 1 or own % span == 0):
-        return x
-    spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
-    for a in axes:
-        spec[a] = None
-    return jax.sharding.reshard(x, sharding.update(spec=jax.P(*spec)))

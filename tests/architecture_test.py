@@ -12,15 +12,16 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Room: the rooms it may import. A room is a file or folder directly inside `jaxprune/`,
 # or the top-level `kernels/`; within itself it may import freely. A file without a row
 # here fails: choose its place first. `__init__` is the front door and sees everything.
-_FLOOR = {"_tree", "_wide", "_bits", "_select"}
+_FLOOR = {"_tree", "_axes", "_wide", "_bits", "_select"}
 _BASE = _FLOOR | {"masks", "structures", "scores", "allocation", "schedules"}
 _MEASURES = _BASE | {"penalties", "tracing", "calibration"}
 ALLOWED: dict[str, set[str]] = {
     "_tree": set(),
+    "_axes": set(),
     "_wide": set(),
     "_elementwise": set(),
     "_bits": set(),
-    "_select": {"_tree", "_wide", "_bits"},
+    "_select": {"_tree", "_axes", "_wide", "_bits"},
     "_groups": {"_tree"},
     "_lora": set(),
     "masks": _FLOOR,
