@@ -190,10 +190,7 @@ def prune(
     if any(isinstance(x, core.Tracer) for x in jax.tree.leaves((leaves, operands))):
         found = decide(made, kept, function, operands)
     else:
-        shardings = tuple(
-            x.sharding if getattr(x, "committed", False) else None for x in leaves
-        )
-        found = _program(made, function, shardings)(kept, operands)
+        found = _decide_now(made, kept, function, leaves, operands)
     new = iter(found)
     masks = treedef.unflatten([x if _tree.is_hole(x) else next(new) for x in holed])
     return mask_trees.apply(params, masks), masks
@@ -300,12 +297,49 @@ def require(name: str, value: Any, test: Callable[[Any], Any], wanted: str) -> N
         raise ValueError(f"{name}: got {value!r}; expected {wanted}.")
 
 
+def _decide_now(
+    plan: Plan,
+    kept: Sequence[_wide.Wide],
+    score: Score,
+    leaves: Sequence[Array],
+    operands: Sequence[tuple[Array, ...]],
+) -> list[Bool[Array, "..."]]:
+    """As `decide`, compiled, with the masks where the leaves lie.
+
+    Leaves that are not compared go one by one, and those alike share a program: a model
+    has many of few shapes, and to compile one takes longer than to run it.
+    """
+    shardings = tuple(
+        x.sharding if getattr(x, "committed", False) else None for x in leaves
+    )
+    if plan.groups != tuple(range(len(leaves))):
+        return _program(plan, score, shardings)(kept, operands)
+    programs: dict[tuple, Callable] = {}
+    found = []
+    for path, k, x, xs, sharding in zip(
+        plan.paths, kept, leaves, operands, shardings, strict=True
+    ):
+        alike = x.shape, x.dtype, sharding, _is_hashable(plan.structure) or path
+        if alike not in programs:
+            own = Plan((path,), plan.structure, (), (0,))
+            programs[alike] = _program(own, score, (sharding,))
+        found += programs[alike]([k], [xs])
+    return found
+
+
+def _is_hashable(x: Any) -> bool:
+    """Of a structure: whether it has no mapping of axes, which would differ by path."""
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True
+
+
 def _program(plan: Plan, score: Score, shardings: tuple) -> Callable:
     """`decide` under jit, with the masks where the weights lie."""
     arguments = dataclasses.replace(plan, kept=()), score, shardings
-    try:
-        hash(arguments)
-    except TypeError:  # a structure with a mapping of axes
+    if not _is_hashable(arguments):
         return _compile(*arguments)
     # A closure is not kept: it may hold arrays, and the next one will be another.
     is_closure = getattr(score, "__closure__", ()) is not None
@@ -319,7 +353,7 @@ def _compile(plan: Plan, score: Score, shardings: tuple) -> Callable:
     return jax.jit(run, out_shardings=list(shardings))
 
 
-_compile_once = functools.lru_cache(maxsize=32)(_compile)
+_compile_once = functools.lru_cache(maxsize=128)(_compile)
 
 
 def _same(scores: Array) -> Array:

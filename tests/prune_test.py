@@ -328,12 +328,46 @@ def test_a_second_call_does_not_compile_again():
     _prune._compile_once.cache_clear()
     for sparsity in (0.1, 0.5, 0.9):
         jp.prune(params, sparsity)
-    assert _prune._compile_once.cache_info()[:2] == (2, 1)  # hits, misses
+    hits, misses = _prune._compile_once.cache_info()[:2]
+    assert hits == 2 * misses  # a program for each shape
     jp.prune(params, 0.5, score=lambda w, x=params: w)  # no closure
     size = _prune._compile_once.cache_info().currsize
     jp.prune(params, 0.5, score=lambda w: w + params["a"]["bias"][0])
     jp.prune(params, structure=jp.NM(1, 2, axis={"*": 0}))
     assert _prune._compile_once.cache_info().currsize == size
+
+
+def test_leaves_alike_share_a_program(caplog):
+    random = np.random.default_rng(0)
+    params = {
+        f"{name}{i}": jnp.asarray(random.normal(size=shape).astype(np.float32))
+        for i in range(5)
+        for name, shape in {"up": (12, 20), "down": (20, 12)}.items()
+    }
+    _prune._compile_once.cache_clear()
+    jax.clear_caches()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        _, masks = jp.prune(params, 0.3)
+    compiled = [r for r in caplog.messages if r.startswith("Compiling jit(run)")]
+    assert len(compiled) == 2
+    for name, w in params.items():
+        _, alone = jp.prune({"w": w}, 0.3)
+        np.testing.assert_array_equal(masks[name], alone["w"])
+
+
+def test_leaves_may_lie_on_different_meshes():
+    w = jax.random.normal(jax.random.key(0), (16, 16))
+    meshes = [
+        jax.make_mesh((4,), ("x",), devices=jax.devices()[i : i + 4]) for i in (0, 4)
+    ]
+    params = {
+        str(i): jax.device_put(w, NamedSharding(mesh, P("x", None)))
+        for i, mesh in enumerate(meshes)
+    }
+    pruned, masks = jp.prune(params, 0.5)
+    for name, x in params.items():
+        assert masks[name].sharding == pruned[name].sharding == x.sharding
+    np.testing.assert_array_equal(masks["0"], masks["1"])
 
 
 def _running(w):
