@@ -11,9 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 _LEAF = 256  # rows factored by LAPACK
 _HALVED = 4096  # rows up to which this goes by halves: a longer program, a faster one
-_LENGTHS = (
-    8  # of products with rows that are there that are compiled, whatever the size
-)
+_LENGTHS = 8  # of products with the rows below that are compiled, whatever the size
 
 
 class Factored(NamedTuple):
